@@ -1,0 +1,14 @@
+"""vqvit: integer inference for Vision Transformers."""
+
+from pathlib import Path as _Path
+
+_checkout = _Path(__file__).resolve().parents[1]
+if (_checkout / "kernels" / "quantize.py").is_file() and not (_Path(__path__[0]) / "kernels").is_dir():
+    __path__.append(str(_checkout))  # a source checkout keeps vqvit.kernels beside the package, see setup.py
+
+from vqvit import ops
+from vqvit.backends import BackendUnavailableError, backend
+
+__version__ = "0.1.0"
+
+__all__ = ["BackendUnavailableError", "backend", "ops"]

@@ -1,0 +1,217 @@
+"""One torch function per op: the definition of `torch.ops.vqvit.*`, on any device.
+
+Signatures and results are those of the ops in `vqvit.ops`, which also validate the arguments; nothing here is tuned.
+Shapes: M tokens, N output channels, K input channels; B batch, H heads, S tokens, D channels of a head.
+"""
+
+import torch
+from torch import Tensor
+
+from vqvit import numerics as nm
+
+COMPENSATION_TERMS = {
+    "none": (False, False, False),
+    "paper": (False, False, True),
+    "activation": (True, False, False),
+    "weight": (False, True, False),
+    "full": (True, True, True),
+}
+"""Products added by each mode of `int8_linear_compensated`: (R_A Bqᵀ, Aq R_Bᵀ, R_A R_Bᵀ)."""
+
+PANEL = 64
+"""Output channels in a panel of a packed weight."""
+
+K_GROUP = 4
+"""Consecutive input channels that one VNNI lane multiplies and sums."""
+
+
+def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=False):
+    """α_t = (max|x_t| + δ sd(x_t)) / 127, q = rne(x / α); asymmetric: α (q - z) ≈ x. x is multiplied by `equalizer` first."""
+    x = _equalized(x, equalizer)
+    if symmetric:
+        scale = nm.row_scale(x, delta)
+        codes, zero_point = nm.to_codes(x, scale.unsqueeze(-1)), _absent(x)
+    else:
+        scale, zero_point = nm.row_scale_asymmetric(x)
+        codes = nm.to_codes_asymmetric(x, scale.unsqueeze(-1), zero_point.unsqueeze(-1))
+    return codes, scale, zero_point, _row_sum(codes, row_sum)
+
+
+def quantize_static(x, scale, equalizer=None, row_sum=False):
+    """q = rne(x / α) for one calibrated α; the returned row scales are α, or NaN where the row holds NaN or Inf."""
+    x = _equalized(x, equalizer)
+    codes = nm.to_codes(x, scale)
+    return codes, _poisoned_scale(x, scale), _row_sum(codes, row_sum)
+
+
+def layernorm_quantize(x, weight, bias, eps, delta=0.0, scale=None, row_sum=False, paper=False):
+    """LayerNorm, then per-token quantization, or static quantization if `scale` is given."""
+    normalized = nm.layer_norm(x, weight, bias, eps, paper)
+    if scale is not None:
+        return quantize_static(normalized, scale, None, row_sum)
+    codes, row_scale, _, sums = quantize_per_token(normalized, delta, None, True, row_sum)
+    return codes, row_scale, sums
+
+
+def add_layernorm_quantize(
+    x, residual, weight, bias, eps, layer_scale=None, delta=0.0, scale=None, row_sum=False, paper=False
+):
+    """stream = residual + layer_scale ∘ x, stored in residual's dtype; then `layernorm_quantize(stream)`."""
+    stream = _add_residual(x.float(), layer_scale, residual).to(residual.dtype)
+    return *layernorm_quantize(stream, weight, bias, eps, delta, scale, row_sum, paper), stream
+
+
+def patchify_quantize(pixels, patch_height, patch_width, equalizer=None):
+    """Patches of (B, C, Ht, Wd) as rows (B · Ht/ph · Wd/pw, C · ph · pw), in Conv2d's weight order, quantized per token."""
+    batch, channels, height, width = pixels.shape
+    grid = pixels.reshape(batch, channels, height // patch_height, patch_height, width // patch_width, patch_width)
+    rows = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * patch_height * patch_width)
+    codes, scale, _, _ = quantize_per_token(rows, 0.0, equalizer)
+    return codes, scale
+
+
+def int8_mm(a, b):
+    """acc[m, n] = Σ_k a[m, k] · b[n, k] in int32, exact."""
+    b = _unpacked(b, a.shape[-1])
+    if a.device.type == "cpu" and a.numel() and b.numel():
+        return torch._int_mm(a.contiguous(), b.contiguous().t())
+    return (a.double() @ b.double().t()).to(torch.int32)
+
+
+def int8_linear(
+    a, a_scale, b, b_scale, bias=None, activation="none", layer_scale=None, residual=None,
+    a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_dtype=torch.float32,
+):  # fmt: skip
+    """act(α_a α_bᵀ ∘ Σ_k (a - z_a)(b - z_b) + bias) · layer_scale + residual, cast to `out_dtype`."""
+    acc = int8_mm(a, b)[:, : b_scale.shape[0]]
+    if a_zero is not None:
+        acc = acc - a_zero[:, None] * b_sum[None, :]
+    if b_zero is not None:
+        acc = acc - a_sum[:, None] * b_zero[None, :]
+    if a_zero is not None and b_zero is not None:
+        acc = acc + a.shape[-1] * a_zero[:, None] * b_zero[None, :]
+    return _epilogue(acc.float(), a_scale, b_scale, bias, activation, layer_scale, residual, out_dtype)
+
+
+def int8_linear_quantize(
+    a, a_scale, b, b_scale, bias=None, activation="none",
+    a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, symmetric=True, row_sum=False,
+):  # fmt: skip
+    """`int8_linear` to fp32, then quantized: per token, or static if `out_scale` is given."""
+    y = int8_linear(
+        a, a_scale, b, b_scale, bias, activation, None, None, a_zero, a_sum, b_zero, b_sum, torch.float32
+    )
+    if out_scale is None:
+        return quantize_per_token(y, 0.0, None, symmetric, row_sum)
+    codes, scale, sums = quantize_static(y, out_scale, None, row_sum)
+    return codes, scale, _absent(y), sums
+
+
+def quantize_residual(x, codes, scale):
+    """R = rne(254 (x - α q) / α) in int8: what the symmetric codes left over, in units of α / 254."""
+    remainder = x.float() - scale.unsqueeze(-1) * codes.float()
+    return nm.to_codes(nm.RESIDUAL_STEPS * remainder, scale.unsqueeze(-1))
+
+
+def int8_linear_compensated(
+    a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, out_dtype=torch.float32
+):
+    """α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ] / 254 + μ R_A R_Bᵀ / 254²) + bias, with the terms that `mode` selects."""
+    ra_b, a_rb, ra_rb = COMPENSATION_TERMS[mode]
+    acc = int8_mm(a, b).float()
+    if ra_b or a_rb:
+        first_order = (int8_mm(a_residual, b) if ra_b else 0) + (int8_mm(a, b_residual) if a_rb else 0)
+        acc = nm.fma(first_order.float(), 1 / nm.RESIDUAL_STEPS, acc)
+    if ra_rb:
+        acc = nm.fma(int8_mm(a_residual, b_residual).float(), mu / nm.RESIDUAL_STEPS**2, acc)
+    return _epilogue(acc, a_scale, b_scale, bias, "none", None, None, out_dtype)
+
+
+def quantize_qkv(qkv, num_heads):
+    """Packed float projections (B, S, 3 H D) to int8: q, k (B, H, S, D) per token and head; v (B, H, S, D) per channel.
+
+    Scales: q, k (B, H, S); v (B, H, D), over the S tokens.
+    """
+    batch, tokens, width = qkv.shape
+    q, k, v = qkv.float().reshape(batch, tokens, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+    q_scale, k_scale, v_scale = nm.row_scale(q), nm.row_scale(k), nm.row_scale(v.transpose(-1, -2))
+    codes = (
+        nm.to_codes(q, q_scale.unsqueeze(-1)),
+        nm.to_codes(k, k_scale.unsqueeze(-1)),
+        nm.to_codes(v, v_scale.unsqueeze(-2)),
+    )
+    return *(c.contiguous() for c in codes), q_scale, k_scale, v_scale
+
+
+def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch.float32):
+    """softmax(sm_scale · q kᵀ) v from int8 codes; returns (B, Sq, H D).
+
+    e_ij = rne(255 · 2^(l_ij - max_j l_ij)) as u8 with l in units of log2; out = α_v · (Σ_j e_ij v_j) / (Σ_j e_ij).
+    """
+    batch, heads, queries, width = q.shape
+    acc = (q.double() @ k.double().transpose(-1, -2)).float()
+    row_factor = q_scale * nm._fp32(sm_scale * nm.LOG2_E)
+    logits = (row_factor.unsqueeze(-1) * k_scale.unsqueeze(-2)) * acc
+    e = torch.round(nm.exp2(logits - logits.amax(-1, keepdim=True)) * nm.P_STEPS)
+    total = e.double().sum(-1).float() + row_factor * 0.0 + (k_scale * 0.0).sum(-1, keepdim=True)
+    acc = (e.double() @ v.double()).float()
+    out = (acc * (1.0 / total).unsqueeze(-1)) * v_scale.unsqueeze(-2)
+    return out.transpose(1, 2).reshape(batch, queries, heads * width).to(out_dtype)
+
+
+def pack_weight(b):
+    """(N, K) codes to panels (⌈N/64⌉, ⌈K/4⌉ + 1, 64, 4): [p, g, n, i] = b[64 p + n, 4 g + i], zero padded.
+
+    The last group of a panel holds the int32 column sums Σ_k b[n, k] as bytes: signed kernels on u8 x s8
+    instructions subtract 128 times them.
+    """
+    n, k = b.shape
+    panels, groups = -(-n // PANEL), -(-k // K_GROUP)
+    padded = b.new_zeros(panels * PANEL, groups * K_GROUP)
+    padded[:n, :k] = b
+    body = padded.reshape(panels, PANEL, groups, K_GROUP).transpose(1, 2)
+    sums = padded.sum(-1, dtype=torch.int32).view(torch.int8).reshape(panels, 1, PANEL, K_GROUP)
+    return torch.cat([body, sums], dim=1)
+
+
+def unpack_weight(packed, n, k):
+    """Inverse of `pack_weight`: the (n, k) codes."""
+    panels, groups = packed.shape[0], packed.shape[1] - 1
+    body = packed[:, :groups].transpose(1, 2).reshape(panels * PANEL, groups * K_GROUP)
+    return body[:n, :k].contiguous()
+
+
+def _unpacked(b: Tensor, k: int) -> Tensor:
+    return unpack_weight(b, b.shape[0] * PANEL, k) if b.dim() == 4 else b
+
+
+def _equalized(x: Tensor, equalizer: Tensor | None) -> Tensor:
+    return x.float() if equalizer is None else x.float() * equalizer
+
+
+def _poisoned_scale(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(x).all(-1), scale, torch.nan)
+
+
+def _row_sum(codes: Tensor, wanted: bool) -> Tensor:
+    return codes.sum(-1, dtype=torch.int32) if wanted else _absent(codes)
+
+
+def _absent(like: Tensor) -> Tensor:
+    """An empty int32 tensor: an output that was not asked for."""
+    return torch.empty(0, dtype=torch.int32, device=like.device)
+
+
+def _add_residual(y: Tensor, layer_scale: Tensor | None, residual: Tensor) -> Tensor:
+    return residual.float() + y if layer_scale is None else nm.fma(y, layer_scale.float(), residual.float())
+
+
+def _epilogue(acc, a_scale, b_scale, bias, activation, layer_scale, residual, out_dtype):
+    scale = a_scale[:, None] * b_scale[None, :]
+    y = acc * scale if bias is None else nm.fma(acc, scale, bias.float())
+    y = nm.activation(y, activation)
+    if residual is not None:
+        y = _add_residual(y, layer_scale, residual)
+    elif layer_scale is not None:
+        y = y * layer_scale.float()
+    return y.to(out_dtype)

@@ -1,0 +1,95 @@
+"""Argument checks at the op boundary. Each error names the op, what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+from vqvit import numerics as nm
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(condition: bool, op: str, expected: str, received: object) -> None:
+    """Raise `ValueError("op: expected ...; got ...")` unless `condition`."""
+    if not condition:
+        raise ValueError(f"{op}: expected {expected}; got {received}")
+
+
+def check_tensor(
+    op: str, name: str, tensor: Tensor, dtypes: torch.dtype | tuple, shape: tuple | None = None, like: Tensor | None = None
+) -> None:
+    """Check dtype (`TypeError`), shape and device. A None in `shape` matches any size; a leading ... any dimensions."""
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: expected {name} of dtype {names}; got {str(tensor.dtype).removeprefix('torch.')}")
+    if shape is not None and not _fits(tuple(tensor.shape), shape):
+        wanted = ", ".join("*" if s is None else "..." if s is ... else str(s) for s in shape)
+        raise ValueError(f"{op}: expected {name} of shape ({wanted}); got {tuple(tensor.shape)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{op}: expected {name} on {like.device}; got {tensor.device}")
+
+
+def _fits(actual: tuple, wanted: tuple) -> bool:
+    if wanted and wanted[0] is ...:
+        tail = wanted[1:]
+        actual, wanted = actual[len(actual) - len(tail) :] if len(actual) >= len(tail) else (), tail
+    return len(actual) == len(wanted) and all(w is None or a == w for a, w in zip(actual, wanted, strict=True))
+
+
+def check_optional(op: str, name: str, tensor: Tensor | None, dtypes, shape: tuple, like: Tensor) -> None:
+    if tensor is not None:
+        check_tensor(op, name, tensor, dtypes, shape, like)
+
+
+def check_rows(op: str, x: Tensor, equalizer: Tensor | None = None, statistics: bool = False) -> None:
+    """A float tensor (..., K) with K >= 1."""
+    check_tensor(op, "x", x, FLOATS, (..., None))
+    k = x.shape[-1]
+    check(k >= 1, op, "rows of at least one element", f"shape {tuple(x.shape)}")
+    if statistics:
+        check(k <= nm.NORM_K_MAX, op, f"rows of at most {nm.NORM_K_MAX} elements (int64 row statistics)", k)
+    check_optional(op, "equalizer", equalizer, torch.float32, (k,), x)
+
+
+def check_out_dtype(op: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"{op}: expected out_dtype float32, float16 or bfloat16; got {dtype}")
+
+
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> None:
+    check_rows(op, x, statistics=True)
+    check_tensor(op, "weight", weight, FLOATS, (x.shape[-1],), x)
+    check_tensor(op, "bias", bias, FLOATS, (x.shape[-1],), x)
+    check_static_scale(op, "scale", scale, x)
+
+
+def check_static_scale(op: str, name: str, scale: Tensor | None, like: Tensor) -> None:
+    check_optional(op, name, scale, torch.float32, (), like)
+
+
+def check_operands(op: str, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, zero_points: int = 0) -> tuple:
+    """int8 a (M, K) with scale (M,), int8 b (N, K) or packed with scale (N,); returns (M, N, K)."""
+    check_tensor(op, "a", a, torch.int8, (None, None))
+    m, k = a.shape
+    limit = (nm.K_MAX_SYMMETRIC, nm.K_MAX_ONE_ZERO_POINT, nm.K_MAX_TWO_ZERO_POINTS)[zero_points]
+    check(1 <= k <= limit, op, f"1 <= K <= {limit} (int32 accumulator, {zero_points} zero points)", f"K = {k}")
+    check_tensor(op, "a_scale", a_scale, torch.float32, (m,), a)
+    check_tensor(op, "b_scale", b_scale, torch.float32, (None,), a)
+    n = b_scale.shape[0]
+    if b.dim() == 4:
+        check_tensor(op, "packed b", b, torch.int8, (-(-n // 64), -(-k // 4) + 1, 64, 4), a)
+    else:
+        check_tensor(op, "b", b, torch.int8, (n, k), a)
+    return m, n, k
+
+
+def check_linear(op, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum) -> tuple:
+    zero_points = (a_zero is not None) + (b_zero is not None)
+    m, n, k = check_operands(op, a, a_scale, b, b_scale, zero_points)
+    check_optional(op, "bias", bias, FLOATS, (n,), a)
+    check(activation in nm.ACTIVATIONS, op, f"activation in {nm.ACTIVATIONS}", repr(activation))
+    check((a_zero is None) or (b_sum is not None), op, "b_sum with a_zero (asymmetric activations)", "b_sum = None")
+    check((b_zero is None) or (a_sum is not None), op, "a_sum with b_zero (asymmetric weights)", "a_sum = None")
+    for name, vector, size in (("a_zero", a_zero, m), ("a_sum", a_sum, m), ("b_zero", b_zero, n), ("b_sum", b_sum, n)):
+        check_optional(op, name, vector, torch.int32, (size,), a)
+    return m, n, k

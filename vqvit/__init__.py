@@ -8,7 +8,27 @@ if (_checkout / "kernels" / "quantize.py").is_file() and not (_Path(__path__[0])
 
 from vqvit import ops
 from vqvit.backends import BackendUnavailableError, backend
+from vqvit.calibration import CalibrationError, quantize_
+from vqvit.checkpoint import CheckpointError, load, save
+from vqvit.plan import LayerPlan, Plan, PlanError, QuantConfig
+from vqvit.rewriter import LayerReport, Report, restore
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendUnavailableError", "backend", "ops"]
+__all__ = [
+    "BackendUnavailableError",
+    "CalibrationError",
+    "CheckpointError",
+    "LayerPlan",
+    "LayerReport",
+    "Plan",
+    "PlanError",
+    "QuantConfig",
+    "Report",
+    "backend",
+    "load",
+    "ops",
+    "quantize_",
+    "restore",
+    "save",
+]

@@ -1,0 +1,31 @@
+"""Shared fixtures. Triton's interpreter must be chosen before triton is first imported."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+import vqvit
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _automatic_backend():
+    yield
+    vqvit.backend(None)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder with `cifar10/plain_text/*.parquet`, named by $VQVIT_TEST_DATA."""
+    folder = os.environ.get("VQVIT_TEST_DATA")
+    if not folder:
+        pytest.skip("VQVIT_TEST_DATA does not name a folder with cifar10/plain_text")
+    return Path(folder)

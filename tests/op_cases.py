@@ -1,0 +1,282 @@
+"""Arguments for every op: `CASES[op]` maps a case id to a function that draws the positional arguments.
+
+The shapes are the ones that break kernels: 197 tokens, odd K and N, one row, no row, ties, zero rows, saturation, rows with
+NaN or Inf, strided views.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from vqvit import numerics as nm
+from vqvit import reference as ref
+
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(*shape) * 3).to(dtype)
+
+
+def codes(*shape: int) -> Tensor:
+    return torch.randint(-nm.QMAX, nm.QMAX + 1, shape, dtype=torch.int8)
+
+
+def scales(*shape: int) -> Tensor:
+    return torch.rand(*shape) * 0.05 + 1e-3
+
+
+def ties() -> Tensor:
+    """Row maximum 127, so that α = 1 and every half-integer is a tie."""
+    row = torch.arange(-127, 127, dtype=torch.float32) + 0.5
+    return torch.cat([row, torch.tensor([127.0, -127.0])]).repeat(3, 1)
+
+
+def zero_rows() -> Tensor:
+    x = normal(5, 48)
+    x[1], x[3] = 0.0, -0.0
+    return x
+
+
+def tiny_and_huge() -> Tensor:
+    return normal(6, 40) * torch.tensor([1e-44, 1e-38, 1e-30, 1e-8, 1e20, 1e37])[:, None]
+
+
+def poisoned() -> Tensor:
+    x = normal(7, 50)
+    x[0, 3], x[2, 0], x[4, 49], x[5, 10] = torch.nan, torch.inf, -torch.inf, torch.nan
+    return x
+
+
+def offset_rows() -> Tensor:
+    """Mean far above the spread, and one outlier channel: what LayerNorm statistics lose digits on."""
+    x = normal(9, 96) + 200.0
+    x[::2, 17] = 4000.0
+    return x
+
+
+ROWS = {
+    "197x768": lambda: normal(197, 768),
+    "odd_k": lambda: normal(13, 77),
+    "k1": lambda: normal(4, 1),
+    "one_row": lambda: normal(1, 65),
+    "empty": lambda: normal(0, 64),
+    "batch": lambda: normal(2, 5, 33),
+    "transposed": lambda: normal(40, 9).t(),
+    "row_strided": lambda: normal(8, 128)[:, 3:70],
+    "ties": ties,
+    "zero_rows": zero_rows,
+    "tiny_and_huge": tiny_and_huge,
+    "poisoned": poisoned,
+    "offset": offset_rows,
+    "saturated_fp16": lambda: torch.full((3, 70), 65504.0, dtype=torch.float16),
+    **{f"{name}_197": partial(normal, 197, 48, dtype=dtype) for name, dtype in FLOATS.items()},
+}
+
+GEMM_SHAPES = {
+    "197x96x64": (197, 96, 64),
+    "odd": (5, 33, 71),
+    "one_row": (1, 64, 130),
+    "k1": (3, 1, 5),
+    "n1": (7, 40, 1),
+    "empty": (0, 16, 8),
+    "six_rows": (6, 128, 64),
+    "panel_edge": (14, 66, 129),
+}
+
+
+def linear(shape: tuple[int, int, int], *rest) -> tuple:
+    m, k, n = shape
+    return codes(m, k), scales(m), codes(n, k), scales(n), *rest
+
+
+def linear_full(shape: tuple[int, int, int], activation: str, dtype: torch.dtype, packed: bool = False) -> tuple:
+    m, k, n = shape
+    a, a_scale, b, b_scale = linear(shape)
+    b = ref.pack_weight(b) if packed else b
+    floats = (normal(n, dtype=dtype), activation, normal(n, dtype=dtype), normal(m, n, dtype=dtype))
+    return a, a_scale, b, b_scale, *floats, None, None, None, None, dtype
+
+
+def zero_points(shape: tuple[int, int, int], a_side: bool, b_side: bool) -> tuple:
+    """a_zero, a_sum, b_zero, b_sum for codes whose sums must match: returns the operands too."""
+    m, k, n = shape
+    a, a_scale, b, b_scale = linear(shape)
+    a_zero, b_sum = (codes(m).int(), b.sum(-1, dtype=torch.int32)) if a_side else (None, None)
+    b_zero, a_sum = (codes(n).int(), a.sum(-1, dtype=torch.int32)) if b_side else (None, None)
+    return (a, a_scale, b, b_scale), (a_zero, a_sum, b_zero, b_sum)
+
+
+def linear_asymmetric(shape, a_side, b_side) -> tuple:
+    operands, zeros = zero_points(shape, a_side, b_side)
+    return *operands, normal(shape[2]), "gelu", None, None, *zeros, torch.float32
+
+
+def linear_saturated() -> tuple:
+    """Every product 127 · 127 or its negative: the largest accumulators for this K."""
+    a, b = torch.full((4, 512), 127, dtype=torch.int8), torch.full((3, 512), 127, dtype=torch.int8)
+    b[1] = -127
+    return a, scales(4), b, scales(3)
+
+
+def linear_poisoned() -> tuple:
+    a, a_scale, b, b_scale = linear((5, 32, 40))
+    a_scale[2] = torch.nan
+    return a, a_scale, b, b_scale, normal(40), "gelu"
+
+
+def strided_residual() -> tuple:
+    a, a_scale, b, b_scale = linear((9, 24, 20))
+    return a.t().contiguous().t(), a_scale, b, b_scale, None, "none", None, normal(20, 9).t()
+
+
+def linear_quantize(shape, activation="gelu", static=False, symmetric=True, row_sum=False, packed=False) -> tuple:
+    a, a_scale, b, b_scale = linear(shape)
+    b = ref.pack_weight(b) if packed else b
+    out_scale = torch.tensor(0.2) if static else None
+    return a, a_scale, b, b_scale, normal(shape[2]), activation, *[None] * 4, out_scale, symmetric, row_sum
+
+
+def linear_quantize_poisoned(static: bool) -> tuple:
+    a, a_scale, b, b_scale = linear((6, 20, 150))
+    a_scale[4] = torch.nan
+    bias = normal(150)
+    bias[140] = 3e38
+    return a, a_scale * 1e3, b, b_scale, bias, "none", *[None] * 4, torch.tensor(0.5) if static else None
+
+
+def compensated(shape, mode: str, mu: float = 1.0, bias: bool = True) -> tuple:
+    m, k, n = shape
+    x, w = normal(m, k), normal(n, k)
+    (a, a_scale, _, _), (b, b_scale, _, _) = ref.quantize_per_token(x), ref.quantize_per_token(w)
+    residuals = ref.quantize_residual(x, a, a_scale), ref.quantize_residual(w, b, b_scale)
+    return a, a_scale, residuals[0], b, b_scale, residuals[1], normal(n) if bias else None, mode, mu
+
+
+def attention(batch, heads, queries, keys, width, poison: str | None = None) -> tuple:
+    q, k, v = codes(batch, heads, queries, width), codes(batch, heads, keys, width), codes(batch, heads, keys, width)
+    args = [q, k, v, scales(batch, heads, queries), scales(batch, heads, keys), scales(batch, heads, width)]
+    if poison:
+        args["q k v".split().index(poison) + 3][0, 0, 0] = torch.nan
+    return *args, width**-0.5
+
+
+def norm_args(x: Tensor) -> tuple:
+    k = x.shape[-1]
+    return x, torch.randn(k), torch.randn(k), 1e-6
+
+
+def add_norm_args(x: Tensor, residual_dtype=torch.float32, layer_scale=True) -> tuple:
+    k = x.shape[-1]
+    return x, (torch.randn_like(x.float()) * 2).to(residual_dtype), torch.randn(k), torch.randn(k), 1e-6, (
+        torch.rand(k) if layer_scale else None
+    )  # fmt: skip
+
+
+def residual_args(x: Tensor) -> tuple:
+    q, scale, _, _ = ref.quantize_per_token(x)
+    return x, q, scale
+
+
+CASES = {
+    "quantize_per_token": {
+        **{name: lambda x=x: (x(),) for name, x in ROWS.items()},
+        **{f"delta_{name}": lambda x=ROWS[name]: (x(), 0.7) for name in ("197x768", "odd_k", "poisoned", "offset", "k1")},
+        "delta_negative": lambda: (normal(11, 70), -0.4),
+        "equalizer": lambda: (normal(11, 70), 0.0, torch.rand(70) + 0.5),
+        "equalizer_delta_sums": lambda: (normal(11, 70), 0.3, torch.rand(70) + 0.5, True, True),
+        **{
+            f"asymmetric_{name}": lambda x=ROWS[name]: (x(), 0.0, None, False, True)
+            for name in ("197x768", "odd_k", "zero_rows", "poisoned", "offset", "empty", "bf16_197", "tiny_and_huge")
+        },
+    },
+    "quantize_static": {
+        **{name: lambda x=x: (x(), torch.tensor(0.037)) for name, x in ROWS.items()},
+        "equalizer_sums": lambda: (normal(11, 70), torch.tensor(0.02), torch.rand(70) + 0.5, True),
+    },
+    "layernorm_quantize": {
+        **{name: lambda x=x: norm_args(x()) for name, x in ROWS.items()},
+        "delta": lambda: (*norm_args(normal(11, 70)), 0.5),
+        "static_sums": lambda: (*norm_args(poisoned()), 0.0, torch.tensor(0.02), True),
+        "paper": lambda: (*norm_args(normal(11, 70)), 0.0, None, False, True),
+    },
+    "add_layernorm_quantize": {
+        **{name: lambda x=ROWS[name]: add_norm_args(x()) for name in ("197x768", "odd_k", "poisoned", "empty", "batch", "transposed")},
+        "no_layer_scale": lambda: add_norm_args(normal(11, 70), layer_scale=False),
+        "bf16": lambda: add_norm_args(normal(11, 70, dtype=torch.bfloat16), torch.bfloat16),
+        "fp16_into_fp32": lambda: add_norm_args(normal(11, 70, dtype=torch.float16)),
+        "static": lambda: (*add_norm_args(normal(11, 70)), 0.0, torch.tensor(0.02), True),
+        "delta_paper": lambda: (*add_norm_args(normal(11, 70)), 0.5, None, False, True),
+    },
+    "patchify_quantize": {
+        "vit_b16": lambda: (normal(1, 3, 224, 224), 16, 16),
+        "rectangular": lambda: (normal(2, 1, 12, 20), 3, 5),
+        "channels_last": lambda: (normal(2, 3, 28, 28).to(memory_format=torch.channels_last), 14, 14),
+        "equalizer_bf16": lambda: (normal(2, 3, 16, 16, dtype=torch.bfloat16), 4, 4, torch.rand(48) + 0.5),
+        "no_image": lambda: (normal(0, 3, 8, 8), 4, 4),
+    },
+    "int8_mm": {name: lambda s=s: (codes(s[0], s[1]), codes(s[2], s[1])) for name, s in GEMM_SHAPES.items()},
+    "int8_linear": {
+        **{name: lambda s=s: linear(s) for name, s in GEMM_SHAPES.items()},
+        **{
+            f"{activation}_{name}": partial(linear_full, (19, 40, 70), activation, dtype)
+            for activation in nm.ACTIVATIONS
+            for name, dtype in FLOATS.items()
+        },
+        **{
+            f"packed_{name}": partial(linear_full, shape, "gelu", torch.float32, True)
+            for name, shape in GEMM_SHAPES.items()
+        },
+        "a_zero": partial(linear_asymmetric, (9, 37, 70), True, False),
+        "b_zero": partial(linear_asymmetric, (9, 37, 70), False, True),
+        "both_zero": partial(linear_asymmetric, (9, 37, 70), True, True),
+        "saturated": linear_saturated,
+        "poisoned": linear_poisoned,
+        "strided": strided_residual,
+    },
+    "int8_linear_quantize": {
+        **{f"per_token_{name}": partial(linear_quantize, s) for name, s in GEMM_SHAPES.items()},
+        **{f"static_{name}": partial(linear_quantize, s, static=True) for name, s in GEMM_SHAPES.items()},
+        "packed": partial(linear_quantize, (19, 40, 70), packed=True, row_sum=True),
+        "packed_static": partial(linear_quantize, (19, 40, 70), packed=True, static=True),
+        "asymmetric_sums": partial(linear_quantize, (19, 40, 70), symmetric=False, row_sum=True),
+        "quick_gelu_sums": partial(linear_quantize, (19, 40, 70), "quick_gelu", row_sum=True),
+        "poisoned": partial(linear_quantize_poisoned, False),
+        "poisoned_static": partial(linear_quantize_poisoned, True),
+    },
+    "quantize_residual": {
+        name: lambda x=ROWS[name]: residual_args(x()) for name in ("197x768", "odd_k", "ties", "poisoned", "zero_rows", "bf16_197", "empty")
+    },
+    "int8_linear_compensated": {
+        **{mode: partial(compensated, (13, 37, 70), mode) for mode in ref.COMPENSATION_TERMS},
+        "197_full": partial(compensated, (197, 64, 65), "full"),
+        "paper_mu_no_bias": partial(compensated, (9, 33, 20), "paper", 1.7, False),
+        "empty": lambda: (codes(0, 8), scales(0), codes(0, 8), codes(5, 8), scales(5), codes(5, 8)),
+    },
+    "quantize_qkv": {
+        "vit_s": lambda: (normal(1, 197, 3 * 128), 2),
+        "head_80": lambda: (normal(2, 17, 3 * 160), 2),
+        "odd_head": lambda: (normal(1, 5, 3 * 33), 3),
+        "bf16": lambda: (normal(1, 9, 96, dtype=torch.bfloat16), 2),
+        "strided": lambda: (normal(9, 2, 96).transpose(0, 1), 2),
+        "one_token": lambda: (normal(3, 1, 48), 2),
+        "poisoned": lambda: (poisoned()[:, :48].unsqueeze(0), 2),
+        "no_image": lambda: (normal(0, 4, 48), 2),
+    },
+    "int8_attention": {
+        "197": partial(attention, 1, 2, 197, 197, 64),
+        "one_query": partial(attention, 2, 3, 1, 50, 64),
+        "one_key": partial(attention, 1, 1, 3, 1, 16),
+        "head_80": partial(attention, 1, 2, 33, 65, 80),
+        "odd": partial(attention, 2, 1, 7, 13, 24),
+        "long": partial(attention, 1, 1, 20, 530, 32),
+        "bf16": lambda: (*attention(1, 2, 17, 17, 32), torch.bfloat16),
+        "no_image": partial(attention, 0, 2, 4, 4, 16),
+        **{f"poisoned_{side}": partial(attention, 1, 2, 9, 9, 16, side) for side in "qkv"},
+    },
+    "pack_weight": {name: lambda s=s: (codes(s[2], s[1]),) for name, s in GEMM_SHAPES.items()},
+    "unpack_weight": {
+        name: lambda s=s: (ref.pack_weight(codes(s[2], s[1])), s[2], s[1]) for name, s in GEMM_SHAPES.items()
+    },
+}

@@ -1,0 +1,183 @@
+"""Save and load quantized models: a folder with int8 weights (safetensors), the plan, and the model's configuration.
+
+Folder layout: `model.safetensors`, every tensor, codes as plain (N, K) int8; `vqvit.json`, format, plan, model class and
+SHA-256 of the weights; `config.json`, the Hugging Face configuration if there is one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import vqvit
+from vqvit import hf
+from vqvit.plan import Plan, PlanError
+from vqvit.rewriter import apply_plan, pack_weights, plan_of, quantized_modules
+
+FORMAT = 1
+WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "vqvit.json", "config.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, incomplete, corrupted, or made for another model."""
+
+
+def save(model: nn.Module, directory: str | Path) -> Path:
+    """Write a quantized model to `directory`, all of it or nothing; a checkpoint that is there is replaced.
+
+    Raises `PlanError` if the model is not quantized, `FileExistsError` if `directory` holds something else, `OSError` if it
+    cannot be written.
+    """
+    directory = Path(directory)
+    plan = plan_of(model)
+    if directory.exists() and not (directory / MANIFEST).is_file() and (directory.is_file() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory}: expected a new folder or a vqvit checkpoint to replace; got other content")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        save_file(_tensors(model), staging / WEIGHTS, metadata={"format": "pt"})
+        manifest = {
+            "format": FORMAT,
+            "vqvit": vqvit.__version__,
+            "class": type(model).__name__,
+            "library": "transformers" if hf.is_transformers_model(model) else None,
+            "plan": json.loads(plan.to_json()),
+            "sha256": _sha256(staging / WEIGHTS),
+        }
+        if manifest["library"] == "transformers":
+            (staging / CONFIG).write_text(model.config.to_json_string(use_diff=False))
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for file in staging.iterdir():
+            file.chmod(0o666 & ~_umask())
+        staging.chmod(0o777 & ~_umask())
+        _replace(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return directory
+
+
+def load(directory: str | Path, model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """A quantized model, in eval mode, ready on `device`. Float weights are never materialised.
+
+    Args:
+        directory: what `save` wrote.
+        model: for models that are not of transformers: a float instance with the same structure, best built under
+            `torch.device("meta")`; it is quantized in place and returned.
+
+    Raises `FileNotFoundError` if a file is missing; `CheckpointError` for corrupted, truncated or foreign files;
+    `ArchitectureError` for an unknown transformers class; `PlanError` if the plan does not fit `model`.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    if model is None:
+        model = _build(directory, manifest)
+    plan = Plan.from_json(json.dumps(manifest["plan"]))
+    weights = directory / WEIGHTS
+    if not weights.is_file():
+        raise FileNotFoundError(f"{directory}: expected {WEIGHTS}; it is missing")
+    if (digest := _sha256(weights)) != manifest["sha256"]:
+        raise CheckpointError(
+            f"{weights}: expected SHA-256 {manifest['sha256'][:16]}...; got {digest[:16]}...: truncated or corrupted"
+        )
+    model.to("meta")
+    apply_plan(model, plan)
+    try:
+        with safe_open(weights, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights}: expected a safetensors file; got one that cannot be read: {error}") from error
+    _fill(model, tensors, weights)
+    model.to(device)
+    pack_weights(model)
+    return model.eval().requires_grad_(False)
+
+
+def read_manifest(directory: str | Path) -> dict:
+    """The checked content of `vqvit.json`. Raises `FileNotFoundError` or `CheckpointError`."""
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: expected a vqvit checkpoint with {MANIFEST}; got none")
+    try:
+        manifest = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: expected JSON; got text that fails to parse: {error}") from error
+    fields = {"format", "class", "library", "plan", "sha256"}
+    if not isinstance(manifest, dict) or not fields <= manifest.keys():
+        raise CheckpointError(f"{path}: expected the fields {sorted(fields)}; got another document")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path}: expected format {FORMAT}; got {manifest['format']!r}")
+    return manifest
+
+
+def _build(directory: Path, manifest: dict) -> nn.Module:
+    if manifest["library"] != "transformers":
+        raise CheckpointError(
+            f"{directory}: expected load(..., model=...) for the class {manifest['class']}, which is not of transformers"
+        )
+    path = directory / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: expected {CONFIG}; it is missing")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: expected JSON; got text that fails to parse: {error}") from error
+    return hf.build(manifest["class"], config)
+
+
+def _transient_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Non-persistent buffers (position ids and the like): a model laid out on the meta device cannot compute them."""
+    persistent = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in persistent}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    everything = {**model.state_dict(), **_transient_buffers(model)}
+    return {name: tensor.detach().contiguous().clone() for name, tensor in everything.items()}
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    expected = {**model.state_dict(), **_transient_buffers(model)}
+    problems = [f"{name} missing" for name in expected.keys() - tensors.keys()]
+    problems += [f"{name} unknown" for name in tensors.keys() - expected.keys()]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, not {tuple(want.shape)} {want.dtype}"
+        for name, want in expected.items()
+        if name in tensors
+        and (tensors[name].shape != want.shape or tensors[name].dtype.is_floating_point != want.dtype.is_floating_point)
+    ]
+    if problems:
+        raise CheckpointError(f"{path}: expected the tensors of its plan; {'; '.join(sorted(problems)[:5])}")
+    transient = _transient_buffers(model)
+    model.load_state_dict({n: t for n, t in tensors.items() if n not in transient}, assign=True)
+    for name in transient:
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = tensors[name]
+
+
+def _replace(staging: Path, directory: Path) -> None:
+    """Rename `staging` to `directory`, moving an older checkpoint out of the way first."""
+    if not directory.exists():
+        os.rename(staging, directory)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    os.rename(directory, retired / "old")
+    os.rename(staging, directory)
+    shutil.rmtree(retired)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

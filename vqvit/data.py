@@ -1,0 +1,269 @@
+"""Images as batches for models: a folder, a parquet file in the Hub's layout, or scikit-learn's handwritten digits.
+
+Everything here ends in float tensors (B, 3, H, W), with int64 labels (B,) where the data has them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "labels")
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+PROCESSOR_FILE = "preprocessor_config.json"
+
+DIGITS_SIZE = 32
+DIGITS_TEST_IMAGES = 360
+DIGITS_SPLIT_SEED = 0
+
+Transform = Callable[[list], Tensor]
+"""PIL images in RGB to (B, 3, H, W) fp32."""
+
+Item = tuple[str, "bytes | Path", int | None]
+"""Name for messages, encoded image or its file, class."""
+
+
+class DataError(ValueError):
+    """Images that cannot be found or read."""
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Cut the largest centred square, resize it bicubically, scale to 0..1, subtract `mean`, divide by `std`."""
+
+    size: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __call__(self, images: list) -> Tensor:
+        from PIL import Image, ImageOps
+
+        square = (self.size, self.size)
+        pixels = np.stack([np.asarray(ImageOps.fit(image, square, Image.Resampling.BICUBIC)) for image in images])
+        scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
+        return (scaled - mean) / std
+
+
+@dataclass(frozen=True)
+class Source:
+    """Encoded images in a fixed order: `read()` starts over at the first of `total`; `labelled` if all have a class."""
+
+    read: Callable[[], Iterator[Item]]
+    total: int
+    labelled: bool
+
+
+class ImageBatches:
+    """A re-iterable loader over images on disk: yields (pixel_values, labels), or pixel_values if there are no labels.
+
+    Attributes: images, how many it yields; labelled; transform; batch_size.
+    """
+
+    def __init__(self, source: Source, transform: Transform, batch_size: int, limit: int | None):
+        for name, value in (("batch_size", batch_size), ("images", limit)):
+            if value is not None and value < 1:
+                raise DataError(f"{name}: expected at least 1; got {value}")
+        self._source, self.transform, self.batch_size = source, transform, batch_size
+        self.images = source.total if limit is None else min(limit, source.total)
+        self.labelled = source.labelled
+
+    def __len__(self) -> int:
+        return (self.images + self.batch_size - 1) // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        images, labels = [], []
+        for name, encoded, label in self._selected():
+            images.append(_decode(name, encoded))
+            labels.append(label)
+            if len(images) == self.batch_size:
+                yield self._batch(images, labels)
+                images, labels = [], []
+        if images:
+            yield self._batch(images, labels)
+
+    def _selected(self) -> Iterator[Item]:
+        wanted = (i * self._source.total // self.images for i in range(self.images))
+        following = next(wanted, None)
+        for index, item in enumerate(self._source.read()):
+            if index == following:
+                yield item
+                following = next(wanted, None)
+                if following is None:
+                    return
+
+    def _batch(self, images: list, labels: list) -> Tensor | tuple[Tensor, Tensor]:
+        pixels = self.transform(images)
+        return (pixels, torch.tensor(labels)) if self.labelled else pixels
+
+
+def open_images(
+    path: str | Path,
+    transform: Transform,
+    batch_size: int = 32,
+    limit: int | None = None,
+    label2id: Mapping[str, int] | None = None,
+) -> ImageBatches:
+    """Batches of the images at `path`.
+
+    Args:
+        path: a folder searched recursively for images, whose class is the first sub-folder on the way to them; or a
+            parquet file, or a folder of them, with a column `img` or `image` of encoded images (binary, or a struct
+            with `bytes`) and perhaps an integer column `label`.
+        transform: see `transform_for`.
+        limit: use at most this many images, at even steps through the data.
+        label2id: class of each sub-folder name. Used if it knows all of them; else names that are numbers count as
+            themselves, and other names are numbered in sorted order.
+
+    Raises `FileNotFoundError` if there is no such path and `DataError` for one without images, an image that cannot be
+    read (it is named, when its turn comes) or a parquet file without the columns.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"images: expected a folder or a parquet file; there is no {path}")
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    source = _open_parquet(path, files) if files else _open_folder(path, label2id or {})
+    return ImageBatches(source, transform, batch_size, limit)
+
+
+def transform_for(model_folder: str | Path | None, size: int | None = None) -> Transform:
+    """How to turn PIL images into a model's input.
+
+    With a Hugging Face image-processor file in `model_folder` its processor is used; a `size` given besides keeps only
+    the processor's mean and std. Without one, images are resized to `size` with the ImageNet mean and std.
+
+    Raises `DataError` if there is neither a processor file nor a size, or if the file is not usable.
+    """
+    if size is not None and size < 1:
+        raise DataError(f"image size: expected at least 1; got {size}")
+    processor = None
+    if model_folder is not None and (Path(model_folder) / PROCESSOR_FILE).is_file():
+        processor = _image_processor(Path(model_folder))
+    if processor is None and size is None:
+        raise DataError(f"image size: expected a size, or a model folder with {PROCESSOR_FILE}; got neither")
+    if processor is None:
+        return Resize(size)
+    if size is not None:
+        mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+        return Resize(size, tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD))
+    return lambda images: processor(images=images, return_tensors="pt")["pixel_values"].float()
+
+
+@dataclass(frozen=True)
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, scans of 8 x 8 pixels enlarged to 32 x 32: fp32 (N, 3, 32, 32) in [-1, 1]."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def digits() -> Digits:
+    """The digits with a fixed test split of 360 images, stratified by class; the other 1,437 are for training."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    raw = load_digits()
+    grey = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16
+    large = torch.nn.functional.interpolate(grey, size=(DIGITS_SIZE,) * 2, mode="bicubic", align_corners=False)
+    images = (2 * large.clamp(0, 1) - 1).expand(-1, 3, -1, -1).contiguous()
+    labels = torch.tensor(raw.target, dtype=torch.int64)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=DIGITS_TEST_IMAGES, random_state=DIGITS_SPLIT_SEED, stratify=raw.target
+    )
+    return Digits(images[train], labels[train], images[test], labels[test])
+
+
+def _open_folder(path: Path, label2id: Mapping[str, int]) -> Source:
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise DataError(f"images: expected a folder with {', '.join(IMAGE_SUFFIXES)} or parquet files; {path} has none")
+    folders = [p.relative_to(path).parts[0] if p.parent != path else None for p in files]
+    labelled = None not in folders
+    classes = _number_classes(sorted(set(folders)), label2id) if labelled else {None: None}
+    items = [(str(p), p, classes.get(folder)) for p, folder in zip(files, folders, strict=True)]
+    return Source(lambda: iter(items), len(items), labelled)
+
+
+def _number_classes(names: list[str], label2id: Mapping[str, int]) -> dict[str, int]:
+    if all(name in label2id for name in names):
+        return {name: label2id[name] for name in names}
+    if all(name.isdecimal() for name in names):
+        return {name: int(name) for name in names}
+    return {name: index for index, name in enumerate(names)}
+
+
+def _open_parquet(path: Path, files: list[Path]) -> Source:
+    try:
+        from pyarrow import ArrowInvalid
+        from pyarrow import parquet as pq
+    except ModuleNotFoundError as error:
+        raise DataError("images: expected the package pyarrow, to read parquet files; it is not installed") from error
+    total, labelled = 0, True
+    for file in files:
+        try:
+            opened = pq.ParquetFile(file)
+        except (ArrowInvalid, OSError) as error:
+            raise DataError(f"images: expected a folder or a parquet file; cannot read {file}: {error}") from error
+        _, label_column = _columns(file, opened.schema_arrow)
+        labelled = labelled and label_column is not None
+        total += opened.metadata.num_rows
+    if total == 0:
+        raise DataError(f"images: expected parquet files with rows; {path} has none")
+
+    def read() -> Iterator[Item]:
+        for file in files:
+            opened = pq.ParquetFile(file)
+            image_column, label_column = _columns(file, opened.schema_arrow)
+            row = 0
+            for batch in opened.iter_batches(256, columns=[c for c in (image_column, label_column) if c]):
+                images = batch.column(image_column).to_pylist()
+                labels = batch.column(label_column).to_pylist() if labelled else [None] * len(images)
+                for image, label in zip(images, labels, strict=True):
+                    encoded = image.get("bytes") if isinstance(image, dict) else image
+                    yield f"{file}, row {row}", encoded, label
+                    row += 1
+
+    return Source(read, total, labelled)
+
+
+def _columns(file: Path, schema) -> tuple[str, str | None]:
+    """Names of the image column and of the label column, if any, of an Arrow schema."""
+    image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
+    if image is None:
+        raise DataError(
+            f"images: expected a column {' or '.join(IMAGE_COLUMNS)} in {file}; got {', '.join(schema.names) or 'none'}"
+        )
+    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    if label is not None and not str(schema.field(label).type).startswith(("int", "uint")):
+        raise DataError(f"images: expected integers in column {label} of {file}; got {schema.field(label).type}")
+    return image, label
+
+
+def _decode(name: str, encoded: bytes | Path):
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"image {name}: expected a readable image; {error}") from error
+
+
+def _image_processor(folder: Path):
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"{folder / PROCESSOR_FILE}: expected an image processor's configuration; {error}") from error

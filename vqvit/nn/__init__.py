@@ -1,0 +1,8 @@
+"""Modules of a quantized model: they hold int8 codes and call `vqvit.ops`."""
+
+from vqvit.nn.block import EncoderBlock
+from vqvit.nn.linear import Codes, HalfLinear, QuantLinear
+from vqvit.nn.module import QuantModule
+from vqvit.nn.patch_embed import HalfPatchEmbed, QuantPatchEmbed
+
+__all__ = ["Codes", "EncoderBlock", "HalfLinear", "HalfPatchEmbed", "QuantLinear", "QuantModule", "QuantPatchEmbed"]

@@ -1,0 +1,136 @@
+"""A pre-LayerNorm transformer block on integer kernels, with the call signature of the block it replaces."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vqvit import numerics as nm
+from vqvit import ops
+from vqvit.families import BlockParts
+from vqvit.nn.linear import Codes, HalfLinear, QuantLinear
+from vqvit.nn.module import QuantModule
+from vqvit.plan import BlockPlan, LayerPlan
+
+ROLES = ("qkv", "attn_out", "fc1", "fc2")
+
+
+class EncoderBlock(QuantModule):
+    """h += ls1 ∘ Attention(LN1(h)) Wo; h += ls2 ∘ fc2(act(fc1(LN2(h)))).
+
+    Between a LayerNorm and the residual stream an int8 layer sees only codes: LayerNorm quantizes, fc1's epilogue
+    quantizes for fc2, and residual and layer scale ride in the epilogues of attn_out and fc2.
+    """
+
+    def __init__(self, plan: BlockPlan, layers: dict[str, LayerPlan], parts: BlockParts, half: torch.dtype):
+        """Quantize a probed block; `layers` maps each of `ROLES` to its plan."""
+        super().__init__(parts.fc1.weight.dtype)
+        self.plan = plan
+        self.num_heads, self.softmax_scale, self.activation = parts.num_heads, parts.softmax_scale, parts.activation
+        self.eps1, self.eps2 = parts.norm1.eps, parts.norm2.eps
+        qkv_weight, qkv_bias = _fused_projection(parts)
+        linears = {
+            "qkv": (qkv_weight, qkv_bias),
+            "attn_out": (parts.attn_out.weight, parts.attn_out.bias),
+            "fc1": (parts.fc1.weight, parts.fc1.bias),
+            "fc2": (parts.fc2.weight, parts.fc2.bias),
+        }
+        for role, (weight, bias) in linears.items():
+            weight = weight.detach()
+            norm = {"qkv": "norm1", "fc1": "norm2"}.get(role)
+            if norm is not None:
+                gamma, beta = getattr(parts, norm).weight.detach(), getattr(parts, norm).bias.detach()
+                if layers[role].equalize and layers[role].tier != "fp16":
+                    gamma, beta, weight = fold_equalizer(gamma, beta, weight)
+                self.hold(**{f"{norm}_weight": gamma.clone(), f"{norm}_bias": beta.clone()})
+            self.add_module(role, make_linear(layers[role], weight, bias, half))
+        for role in ("layer_scale1", "layer_scale2"):
+            parameter = getattr(parts, role)
+            self.hold(**{role: None if parameter is None else parameter.detach().clone()})
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
+        """(B, S, D) to (B, S, D), or a 1-tuple of it where the replaced block returned tuples."""
+        if attention_mask is not None or kwargs.get("head_mask") is not None:
+            raise ValueError(f"{self.plan.name}: expected no attention or head mask (not computed in int8); got one")
+        if kwargs.get("output_attentions"):
+            raise ValueError(f"{self.plan.name}: expected output_attentions=False: int8 attention keeps no probabilities")
+        batch, tokens, width = hidden_states.shape
+        stream = hidden_states.reshape(batch * tokens, width)
+        dtype = stream.dtype
+        normalized = self._normalize(stream, self.norm1_weight, self.norm1_bias, self.eps1, self.qkv)
+        qkv = self.qkv(normalized, out_dtype=dtype).view(batch, tokens, -1)
+        attended = self._attend(qkv).view(batch * tokens, -1)
+        stream = self.attn_out(attended, layer_scale=self.layer_scale1, residual=stream, out_dtype=dtype)
+        normalized = self._normalize(stream, self.norm2_weight, self.norm2_bias, self.eps2, self.fc1)
+        stream = self.fc2(self._expand(normalized), layer_scale=self.layer_scale2, residual=stream, out_dtype=dtype)
+        stream = stream.view(batch, tokens, width)
+        return (stream,) if self.plan.returns_tuple else stream
+
+    def _normalize(self, stream: Tensor, weight: Tensor, bias: Tensor, eps: float, consumer) -> Tensor | Codes:
+        if isinstance(consumer, HalfLinear):
+            return F.layer_norm(stream, stream.shape[-1:], weight.to(stream.dtype), bias.to(stream.dtype), eps)
+        if not consumer.fuses_input or consumer.plan.activation == "per_token_asym":
+            return nm.layer_norm(stream, weight, bias, eps).to(stream.dtype)
+        row_sum = consumer.zero_point is not None
+        codes, scale, sums = ops.layernorm_quantize(
+            stream, weight, bias, eps, consumer.plan.delta, consumer.require_input_scale(), row_sum
+        )
+        return Codes(codes, scale, None, sums if row_sum else None)
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        if self.plan.attention == "int8":
+            return ops.int8_attention(*ops.quantize_qkv(qkv, self.num_heads), self.softmax_scale, qkv.dtype)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale).transpose(1, 2).flatten(2)
+
+    def _expand(self, normalized: Tensor | Codes) -> Tensor | Codes:
+        """act(fc1(x)): codes where both fc1 and fc2 run on them."""
+        if isinstance(normalized, Codes) and self.fc2.fuses_input and self.fc2.plan.delta == 0.0:
+            return self.fc1.forward_codes(normalized, self.activation, self.fc2)
+        return self.fc1(normalized, self.activation, out_dtype=self.dtype)
+
+    def float_state(self, names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
+        """The float parameters this block stands for, under the names of the block it replaced (`BlockParts.names`)."""
+        state = {}
+        for role in ("norm1", "norm2"):
+            state[f"{names[role][0]}.weight"] = getattr(self, f"{role}_weight")
+            state[f"{names[role][0]}.bias"] = getattr(self, f"{role}_bias")
+        for role in ROLES:
+            layer, paths = getattr(self, role), names[role]
+            biases = [None] * len(paths) if layer.bias is None else layer.bias.float().chunk(len(paths))
+            for path, weight, bias in zip(paths, layer.float_weight().chunk(len(paths)), biases, strict=True):
+                state[f"{path}.weight"] = weight
+                if bias is not None:
+                    state[f"{path}.bias"] = bias
+        for role in ("layer_scale1", "layer_scale2"):
+            if role in names:
+                state[names[role][0]] = getattr(self, role)
+        return state
+
+
+def make_linear(plan: LayerPlan, weight: Tensor, bias: Tensor | None, half: torch.dtype) -> QuantLinear | HalfLinear:
+    """The module of `plan.tier` for a float weight (N, K)."""
+    if plan.tier == "fp16":
+        return HalfLinear(plan, weight, bias, half)
+    return QuantLinear(plan, weight, bias)
+
+
+def fold_equalizer(gamma: Tensor, beta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Equalise the input channels of a Linear behind a LayerNorm without data (numerics §3): γ/c, β/c, W·c.
+
+    c_k = sqrt((3 |γ_k| + |β_k|) / max_n |W_nk|), normalised to geometric mean 1: three standard deviations of a
+    normalised channel against the largest weight that reads it. The float function does not change.
+    """
+    gamma, beta, weight = gamma.float(), beta.float(), weight.float()
+    reach = (3 * gamma.abs() + beta.abs()).clamp(min=1e-5)
+    c = (reach / weight.abs().amax(0).clamp(min=1e-5)).sqrt()
+    c = c / c.log().mean().exp()
+    return gamma / c, beta / c, weight * c
+
+
+def _fused_projection(parts: BlockParts) -> tuple[Tensor, Tensor | None]:
+    """Weight (3 H D, K) and bias of the q, k and v projections; a projection without bias counts as zero bias."""
+    weight = torch.cat([p.weight.detach() for p in parts.qkv])
+    if all(p.bias is None for p in parts.qkv):
+        return weight, None
+    biases = [p.weight.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in parts.qkv]
+    return weight, torch.cat(biases)

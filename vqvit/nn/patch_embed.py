@@ -1,0 +1,42 @@
+"""Patch embedding: a convolution whose stride is its kernel is a GEMM over patches (numerics §8)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vqvit import ops
+from vqvit.nn.linear import Codes, HalfLinear, QuantLinear
+from vqvit.plan import LayerPlan
+
+
+class QuantPatchEmbed(QuantLinear):
+    """Drop-in for the patch embedding's `nn.Conv2d`: (B, C, Ht, Wd) to (B, N, Ht/ph, Wd/pw), each patch one token."""
+
+    def __init__(self, plan: LayerPlan, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None):
+        """`weight` is the convolution's (N, C, ph, pw)."""
+        super().__init__(plan, weight.flatten(1), bias, dtype)
+        self.channels, self.patch = weight.shape[1], tuple(weight.shape[2:])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if pixels.dim() != 4 or pixels.shape[1] != self.channels:
+            raise ValueError(
+                f"{self.plan.name}: expected images (B, {self.channels}, height, width); got {tuple(pixels.shape)}"
+            )
+        codes, scale = ops.patchify_quantize(pixels, *self.patch)
+        row_sum = codes.sum(-1, dtype=torch.int32) if self.zero_point is not None else None
+        tokens = super().forward(Codes(codes, scale, None, row_sum), out_dtype=pixels.dtype)
+        grid = (pixels.shape[2] // self.patch[0], pixels.shape[3] // self.patch[1])
+        return tokens.view(pixels.shape[0], *grid, self.out_features).permute(0, 3, 1, 2)
+
+
+class HalfPatchEmbed(HalfLinear):
+    """The patch embedding's convolution in half precision."""
+
+    def __init__(self, plan: LayerPlan, weight: Tensor, bias: Tensor | None, half: torch.dtype):
+        super().__init__(plan, weight.flatten(1), bias, half)
+        self.kernel = tuple(weight.shape[1:])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        kernel = self.half_weight.view(-1, *self.kernel)
+        y = F.conv2d(pixels.to(kernel.dtype), kernel, self.bias, stride=self.kernel[1:])
+        return y.to(pixels.dtype)

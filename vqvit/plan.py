@@ -1,0 +1,197 @@
+"""The precision plan: which layer runs in which tier, as a frozen, printable, JSON-serialisable object.
+
+A plan is a value: it holds names and options, no tensors, and knows nothing about models. `vqvit.rewriter` makes one from
+a model and a `QuantConfig`, and applies it.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+FORMAT = 1
+
+TIERS = ("int8", "int8_asym", "fp16")
+"""Symmetric int8 weights · int8 weights with zero points · half precision (numerics §9)."""
+
+ACTIVATIONS = ("per_token", "per_token_asym", "static")
+"""Scale of each token, symmetric or with a zero point · one calibrated scale (numerics §3)."""
+
+ATTENTION = ("int8", "float")
+
+HALF_DTYPES = ("bfloat16", "float16")
+
+ROLES = ("patch_embed", "qkv", "attn_out", "fc1", "fc2", "head", "linear")
+
+
+class PlanError(ValueError):
+    """A plan or configuration that is malformed or does not fit the model."""
+
+
+def _one_of(what: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise PlanError(f"{what}: expected one of {', '.join(choices)}; got {value!r}")
+
+
+def _build(cls: type, fields: object, what: str):
+    """`cls(**fields)` with unknown and missing names reported."""
+    if not isinstance(fields, dict):
+        raise PlanError(f"{what}: expected a JSON object; got {type(fields).__name__}")
+    known = {f.name for f in dataclasses.fields(cls)}
+    required = {
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if unknown := fields.keys() - known:
+        raise PlanError(f"{what}: expected fields among {sorted(known)}; got {sorted(unknown)}")
+    if missing := required - fields.keys():
+        raise PlanError(f"{what}: expected the fields {sorted(required)}; {sorted(missing)} missing")
+    return cls(**fields)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one matrix is stored and fed.
+
+    Attributes:
+        name: the layer's path in the model; roles of a whole block are `block.role` (for example `...layers.0.qkv`).
+        role: one of `ROLES`.
+        tier: one of `TIERS`.
+        per_channel: one weight scale per output channel, else one for the matrix.
+        beta: weight of the standard deviation in the weight range (numerics §2).
+        activation: one of `ACTIVATIONS`.
+        delta: weight of the standard deviation in the per-token activation range (numerics §3).
+        equalize: move per-channel input ranges into the weight where that is free (numerics §3).
+    """
+
+    name: str
+    role: str
+    tier: str = "int8"
+    per_channel: bool = True
+    beta: float = 0.0
+    activation: str = "per_token"
+    delta: float = 0.0
+    equalize: bool = True
+
+    def __post_init__(self):
+        _one_of(f"role of {self.name}", self.role, ROLES)
+        _one_of(f"tier of {self.name}", self.tier, TIERS)
+        _one_of(f"activation of {self.name}", self.activation, ACTIVATIONS)
+        for option in ("beta", "delta"):
+            value = getattr(self, option)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise PlanError(f"{option} of {self.name}: expected a number; got {value!r}")
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A transformer block replaced as a whole: its path, its attention's precision, and whether it returns tuples."""
+
+    name: str
+    attention: str = "int8"
+    returns_tuple: bool = False
+
+    def __post_init__(self):
+        _one_of(f"attention of {self.name}", self.attention, ATTENTION)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every replaced block and quantized layer of a model, in model order."""
+
+    blocks: tuple[BlockPlan, ...]
+    layers: tuple[LayerPlan, ...]
+    half_dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        _one_of("half_dtype", self.half_dtype, HALF_DTYPES)
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) != len(names):
+            repeated = sorted({n for n in names if names.count(n) > 1})
+            raise PlanError(f"plan: expected each layer once; got {', '.join(repeated)} repeated")
+
+    def layer(self, name: str) -> LayerPlan:
+        """The plan of layer `name`; raises `PlanError` naming the layers there are."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise PlanError(f"plan: expected a layer among {', '.join(p.name for p in self.layers)}; got {name!r}")
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """Parse `to_json`'s text. Raises `PlanError` for anything else."""
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"plan: expected JSON; got text that fails to parse: {error}") from error
+        if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
+            raise PlanError(f"plan: expected a JSON object with format {FORMAT}; got another")
+        for key, cls in (("blocks", BlockPlan), ("layers", LayerPlan)):
+            if not isinstance(raw.get(key), list):
+                raise PlanError(f"plan: expected a list under {key!r}; got {type(raw.get(key)).__name__}")
+            raw[key] = tuple(_build(cls, item, f"plan, {key}[{i}]") for i, item in enumerate(raw[key]))
+        return _build(Plan, raw, "plan")
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> "Plan":
+        """Read a plan file. Raises `FileNotFoundError` or `PlanError`."""
+        return Plan.from_json(Path(path).read_text())
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self.layers), default=0)
+        lines = [
+            f"{p.name:{width}}  {p.role:11}  {p.tier:9}  {p.activation}"
+            + (f"  β={p.beta:g}" if p.beta else "")
+            + (f"  δ={p.delta:g}" if p.delta else "")
+            for p in self.layers
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What a user asks for; `vqvit.rewriter.make_plan` turns it into a `Plan` for one model.
+
+    Attributes:
+        tier: tier of every layer, one of `TIERS`.
+        tiers: exceptions: role, or fnmatch pattern on the layer name, to tier or "skip" (leave the layer alone). The last
+            match wins.
+        activation, attention, per_channel, equalize, half_dtype: as in `LayerPlan`, `BlockPlan`, `Plan`.
+    """
+
+    tier: str = "int8"
+    tiers: dict[str, str] = field(default_factory=dict)
+    activation: str = "per_token"
+    attention: str = "int8"
+    per_channel: bool = True
+    equalize: bool = True
+    half_dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        _one_of("tier", self.tier, TIERS)
+        for pattern, tier in self.tiers.items():
+            _one_of(f"tier of {pattern!r}", tier, (*TIERS, "skip"))
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("attention", self.attention, ATTENTION)
+        _one_of("half_dtype", self.half_dtype, HALF_DTYPES)
+
+    def tier_of(self, name: str, role: str) -> str:
+        """The tier, or "skip", of layer `name` with `role`."""
+        chosen = self.tier
+        for pattern, tier in self.tiers.items():
+            if pattern == role or fnmatch(name, pattern):
+                chosen = tier
+        return chosen
+
+    @staticmethod
+    def from_dict(fields: dict) -> "QuantConfig":
+        """Raises `PlanError` for unknown fields or values."""
+        return _build(QuantConfig, fields, "configuration")

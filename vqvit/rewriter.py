@@ -1,0 +1,331 @@
+"""Turn a float model into an integer one, and back: plan, build, swap.
+
+`make_plan` reads the model and decides; `apply_plan` builds every replacement first and swaps them in only when all of
+them exist, so that an error leaves the model as it was; `restore` puts the float structure back.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqvit import families
+from vqvit.families import BlockParts, NotABlock
+from vqvit.nn import EncoderBlock, HalfPatchEmbed, QuantLinear, QuantModule, QuantPatchEmbed
+from vqvit.nn.block import ROLES as BLOCK_ROLES
+from vqvit.nn.block import make_linear
+from vqvit.plan import BlockPlan, LayerPlan, Plan, PlanError, QuantConfig
+
+PROBE_TOKENS = 5
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Relative difference allowed between a block and its composed parts: rounding of the block's dtype, with room."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one layer or block.
+
+    Attributes: name; role; status, a tier of `vqvit.plan.TIERS`, "block" or "skipped"; reason why it was skipped; shape of
+    the weight.
+    """
+
+    name: str
+    role: str
+    status: str
+    reason: str = ""
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `quantize_` did: every layer it looked at, and the plan that reproduces it."""
+
+    layers: tuple[LayerReport, ...]
+    plan: Plan
+
+    def to_dict(self) -> dict:
+        return {"layers": [dataclasses.asdict(layer) for layer in self.layers], "plan": dataclasses.asdict(self.plan)}
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self.layers), default=0)
+        return "\n".join(
+            f"{r.name:{width}}  {r.role:11}  {r.status:9}  {'x'.join(map(str, r.shape)):10}  {r.reason}".rstrip()
+            for r in self.layers
+        )
+
+
+def make_plan(model: nn.Module, config: QuantConfig) -> tuple[Plan, tuple[LayerReport, ...]]:
+    """Decide what to replace. Returns the plan and a report of what is skipped and why.
+
+    Raises `PlanError` if the model is already quantized, or if nothing in it can be.
+    """
+    _refuse_quantized(model)
+    blocks, layers, skipped = [], [], []
+    taken: set[int] = set()
+    shared = _shared_weights(model)
+    for name, module in model.named_modules():
+        if id(module) in taken or not _looks_like_block(module):
+            continue
+        try:
+            parts = families.probe(module)
+            if shared & {id(p) for p in module.parameters()}:
+                raise NotABlock("a weight is shared with another layer")
+            returns_tuple = _verify(module, parts)
+        except NotABlock as reason:
+            skipped.append(LayerReport(name, "block", "skipped", f"kept its structure: {reason}"))
+            continue
+        roles = {role: config.tier_of(f"{name}.{role}", role) for role in BLOCK_ROLES}
+        if "skip" in roles.values():
+            kept = ", ".join(role for role, tier in roles.items() if tier == "skip")
+            skipped.append(LayerReport(name, "block", "skipped", f"kept its structure: {kept} skipped on request"))
+            continue
+        blocks.append(BlockPlan(name, config.attention, returns_tuple))
+        layers += [_layer_plan(f"{name}.{role}", role, roles[role], config) for role in BLOCK_ROLES]
+        taken |= {id(m) for m in module.modules()}
+    for name, module in model.named_modules():
+        if id(module) in taken or not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        role, reason = _classify(name, module, shared)
+        tier = config.tier_of(name, role)
+        if reason or tier == "skip":
+            shape = tuple(module.weight.shape)
+            skipped.append(LayerReport(name, role, "skipped", reason or "skipped on request", shape))
+        else:
+            layers.append(_layer_plan(name, role, tier, config))
+    if not layers:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped) or "it has no Linear layer and no patch embedding"
+        raise PlanError(f"{type(model).__name__}: expected a model with layers to quantize; got none ({reasons})")
+    return Plan(tuple(blocks), tuple(layers), config.half_dtype), tuple(skipped)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> tuple[LayerReport, ...]:
+    """Replace the plan's blocks and layers in place. Raises `PlanError` if the plan does not fit the model.
+
+    Each replaced module stays beside its replacement with its weights, until `release_float`. Works on the meta device
+    too, where it lays out the modules that a checkpoint then fills.
+    """
+    _refuse_quantized(model)
+    modules = dict(model.named_modules())
+    half = getattr(torch, plan.half_dtype)
+    by_name = {layer.name: layer for layer in plan.layers}
+    replacements: dict[str, nn.Module] = {}
+    for block in plan.blocks:
+        parts = _planned_block(modules, block)
+        layers = {role: by_name.pop(f"{block.name}.{role}", None) for role in BLOCK_ROLES}
+        if missing := [f"{block.name}.{role}" for role, layer in layers.items() if layer is None]:
+            raise PlanError(f"plan: expected every layer of block {block.name}; {', '.join(missing)} missing")
+        replacements[block.name] = _encoder_block_class(type(modules[block.name]))(block, layers, parts, half)
+    inside_blocks = tuple(f"{block.name}." for block in plan.blocks)
+    for layer in by_name.values():
+        module = modules.get(layer.name)
+        if not isinstance(module, nn.Linear | nn.Conv2d) or layer.name.startswith(inside_blocks):
+            candidates = ", ".join(n for n, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d))
+            raise PlanError(f"plan: expected a layer of this model ({candidates}); got {layer.name!r}")
+        replacements[layer.name] = _replacement(layer, module, half)
+    for name, module in replacements.items():
+        module.model_plan = plan
+        _swap(model, name, module)
+    model.eval()
+    pack_weights(model)
+    return _layer_reports(model, plan)
+
+
+def restore(model: nn.Module, weights: dict[str, Tensor] | None = None) -> nn.Module:
+    """Undo `quantize_` in place: the float modules come back.
+
+    Args:
+        model: a model that `quantize_` or `load` returned.
+        weights: the original float state dict; with it the original model comes back bit for bit. Without it, so does a
+            model quantized with `keep_float=True`; else the weights are those that the codes stand for.
+
+    Raises `PlanError` if the model is not quantized, `ValueError` if `weights` lacks a parameter.
+    """
+    plan_of(model)
+    for name, module in list(quantized_modules(model)):
+        original = module.original[0]
+        if weights is None and not any(p.is_meta for p in original.parameters()):
+            _swap(model, name, original)
+            continue
+        if weights is None:
+            state = _float_state(module)
+        else:
+            wanted = {key: f"{name}.{key}" for key in original.state_dict()}
+            if missing := [full for full in wanted.values() if full not in weights]:
+                raise ValueError(f"restore: expected weights for {', '.join(missing)}; got none")
+            state = {key: weights[full].clone() for key, full in wanted.items()}
+        device = next(module.buffers()).device
+        state = {
+            key: state[key].to(device=device, dtype=tensor.dtype).reshape(tensor.shape)
+            for key, tensor in original.state_dict().items()
+        }
+        original.load_state_dict(state, assign=True)
+        original.requires_grad_(True)
+        original.eval()
+        _swap(model, name, original)
+    return model
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:
+    """The outermost replaced modules with their names."""
+    outermost: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantModule) and not any(name.startswith(f"{outer}.") for outer in outermost):
+            outermost.append(name)
+            yield name, module
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a quantized model carries. Raises `PlanError` if it is not quantized."""
+    replaced = list(quantized_modules(model))
+    if not replaced:
+        raise PlanError(f"{type(model).__name__}: expected a quantized model; got one without quantized layers")
+    return replaced[0][1].model_plan
+
+
+def release_float(model: nn.Module) -> None:
+    """Drop the float weights of replaced modules; their structure stays, for `restore`."""
+    for _, module in quantized_modules(model):
+        module.original[0].to("meta")
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Lay out all weights for the kernels that will run; checkpoints do not see it."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.pack_()
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    if first := next(quantized_modules(model), None):
+        raise PlanError(f"{type(model).__name__}: expected a float model; {first[0]!r} is quantized already")
+
+
+def _looks_like_block(module: nn.Module) -> bool:
+    """Whether a report about this module would interest anyone: it has a norm, attention output and MLP of its own."""
+    found = [families.find(module, families.ALIASES[role]) for role in ("norm1", "norm2")]
+    return all(part is not None and isinstance(part[1], nn.Module) for part in found)
+
+
+def _verify(block: nn.Module, parts: BlockParts) -> bool:
+    """Whether the block returns tuples. Raises `NotABlock` unless its parts, composed, compute what it computes."""
+    weight = parts.fc1.weight
+    if weight.is_meta:
+        raise NotABlock("its weights are on the meta device")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, PROBE_TOKENS, parts.fc1.in_features, generator=generator).to(weight)
+    training = block.training
+    try:
+        with torch.inference_mode():
+            y = block.eval()(x)
+            expected = compose(parts, x)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise NotABlock(f"it cannot be called on hidden states alone ({type(error).__name__}: {error})") from error
+    finally:
+        block.train(training)
+    output = y[0] if isinstance(y, tuple) else y
+    difference = ((output - expected).norm() / (expected - x).norm()).item()
+    if not difference <= PROBE_TOLERANCE[weight.dtype]:
+        raise NotABlock(f"not a pre-LayerNorm block: its output differs from its parts' by {difference:.1e}")
+    return isinstance(y, tuple)
+
+
+def compose(parts: BlockParts, x: Tensor) -> Tensor:
+    """The float pre-LayerNorm block that `EncoderBlock` implements, from its parts."""
+
+    def scaled(y: Tensor, layer_scale: Tensor | None) -> Tensor:
+        return y if layer_scale is None else y * layer_scale
+
+    normalized = parts.norm1(x)
+    qkv = torch.cat([projection(normalized) for projection in parts.qkv], dim=-1)
+    q, k, v = qkv.unflatten(-1, (3, parts.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v, scale=parts.softmax_scale).transpose(1, 2).flatten(2)
+    x = x + scaled(parts.attn_out(attended), parts.layer_scale1)
+    hidden = families.ACTIVATION_FUNCTIONS[parts.activation](parts.fc1(parts.norm2(x)))
+    return x + scaled(parts.fc2(hidden), parts.layer_scale2)
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Ids of parameters that more than one module owns: a replacement would untie them."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {key for key, count in owners.items() if count > 1}
+
+
+def _classify(name: str, module: nn.Linear | nn.Conv2d, shared: set[int]) -> tuple[str, str]:
+    """Role of a layer outside the blocks, and why it must stay float, or ""."""
+    if isinstance(module, nn.Conv2d):
+        patches = module.kernel_size == module.stride and module.groups == 1 and module.dilation == (1, 1)
+        if type(module) is not nn.Conv2d or not patches or module.padding not in ((0, 0), "valid"):
+            return "patch_embed", "a convolution whose stride is not its kernel is no patch embedding"
+        role = "patch_embed"
+    elif type(module) is not nn.Linear:
+        return "linear", f"{type(module).__name__} is a special Linear that its owner reads directly"
+    else:
+        role = "head" if name.rsplit(".", 1)[-1] in families.HEAD_NAMES else "linear"
+    return role, "its weight is shared with another layer" if id(module.weight) in shared else ""
+
+
+def _layer_plan(name: str, role: str, tier: str, config: QuantConfig) -> LayerPlan:
+    activation = "per_token" if role == "patch_embed" else config.activation  # numerics §8: a scale for each patch
+    return LayerPlan(name, role, tier, config.per_channel, activation=activation, equalize=config.equalize)
+
+
+def _planned_block(modules: dict[str, nn.Module], block: BlockPlan) -> BlockParts:
+    if block.name not in modules:
+        raise PlanError(f"plan: expected a block of this model; got {block.name!r}")
+    try:
+        return families.probe(modules[block.name])
+    except NotABlock as reason:
+        raise PlanError(f"plan: expected {block.name} to be a transformer block; it is not: {reason}") from reason
+
+
+def _replacement(layer: LayerPlan, module: nn.Linear | nn.Conv2d, half: torch.dtype) -> QuantModule:
+    weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+    if isinstance(module, nn.Linear):
+        return make_linear(layer, weight, bias, half)
+    if layer.tier == "fp16":
+        return HalfPatchEmbed(layer, weight, bias, half)
+    return QuantPatchEmbed(layer, weight, bias)
+
+
+@functools.cache
+def _encoder_block_class(replaced: type[nn.Module]) -> type[EncoderBlock]:
+    """`EncoderBlock` that is also an instance of the replaced class: transformers finds hidden states by class."""
+
+    class Replacement(EncoderBlock, replaced):
+        def __init__(self, plan, layers, parts, half):
+            EncoderBlock.__init__(self, plan, layers, parts, half)
+
+    Replacement.__name__ = Replacement.__qualname__ = f"EncoderBlock[{replaced.__name__}]"
+    return Replacement
+
+
+def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at `name`; a replacement remembers the module it replaced."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(module, QuantModule):
+        module.original = (parent.get_submodule(child),)  # in a tuple: not a submodule
+    parent._modules[child] = module
+
+
+def _float_state(module: QuantModule) -> dict[str, Tensor]:
+    if isinstance(module, EncoderBlock):
+        return module.float_state(families.probe(module.original[0]).names)
+    state = {"weight": module.float_weight()}
+    return state if module.bias is None else {**state, "bias": module.bias}
+
+
+def _layer_reports(model: nn.Module, plan: Plan) -> tuple[LayerReport, ...]:
+    reports = []
+    for layer in plan.layers:
+        module = model.get_submodule(layer.name)
+        shape = (module.out_features, module.in_features)
+        reports.append(LayerReport(layer.name, layer.role, layer.tier, "", shape))
+    return tuple(reports)

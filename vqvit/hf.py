@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 
@@ -62,7 +63,7 @@ def load_float(folder: str | Path, model_class: str | None = None) -> nn.Module:
         )
     try:
         model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: expected readable weights for {names[0]}; got: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder}: expected weights for all of {names[0]}; missing: {', '.join(missing[:5])}")

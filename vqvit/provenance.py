@@ -6,19 +6,31 @@ import platform
 import shlex
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
+import vqvit
 from vqvit import backends
 
 CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 """Instruction sets that decide which kernels run, as Linux spells them."""
 
-PACKAGES = ("vqvit", "torch", "triton", "transformers", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "numpy")
 
-PROVENANCE_COLUMNS = ("date", "device", "threads", "isa", "backend", "torch", "triton", "transformers", "commit", "command")
+PROVENANCE_COLUMNS = (
+    "date",
+    "device",
+    "threads",
+    "isa",
+    "backend",
+    "torch",
+    "triton",
+    "transformers",
+    "commit",
+    "command",
+)
 
 
 def environment(device: torch.device | str = "cpu") -> dict:
@@ -26,13 +38,14 @@ def environment(device: torch.device | str = "cpu") -> dict:
     device = torch.device(device)
     versions = {name: _version(name) for name in PACKAGES}
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "device": device_name(device),
         "cpu": cpu_name(),
         "isa": cpu_flags(),
         "threads": torch.get_num_threads(),
         "backend": backends.selected(device),
         "python": platform.python_version(),
+        "vqvit": vqvit.__version__,
         **versions,
         "commit": commit(),
         "command": command(),
@@ -106,13 +119,7 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return vqvit_version() if package == "vqvit" else None
-
-
-def vqvit_version() -> str:
-    import vqvit
-
-    return vqvit.__version__
+        return None
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -127,7 +134,8 @@ def _cpuinfo() -> dict[str, str]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        arguments = ["git", "-C", str(root), *arguments]
+        done = subprocess.run(arguments, check=False, capture_output=True, text=True, timeout=20)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -71,11 +71,11 @@ def patchify_quantize(pixels, patch_height, patch_width, equalizer=None):
 
 
 def int8_mm(a, b):
-    """acc[m, n] = Σ_k a[m, k] · b[n, k] in int32, exact."""
-    b = _unpacked(b, a.shape[-1])
-    if a.device.type == "cpu" and a.numel() and b.numel():
-        return torch._int_mm(a.contiguous(), b.contiguous().t())
-    return (a.double() @ b.double().t()).to(torch.int32)
+    """acc[m, n] = Σ_k a[m, k] · b[n, k] in int32, exact: integers below 2^53 in fp64.
+
+    Not torch._int_mm: on the CPU it returns uninitialised memory for K = 1 (torch 2.13).
+    """
+    return (a.double() @ _unpacked(b, a.shape[-1]).double().t()).to(torch.int32)
 
 
 def int8_linear(

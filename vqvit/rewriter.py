@@ -24,6 +24,14 @@ PROBE_TOKENS = 5
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative difference allowed between a block and its composed parts: rounding of the block's dtype, with room."""
 
+FORWARD_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -307,11 +315,14 @@ def _encoder_block_class(replaced: type[nn.Module]) -> type[EncoderBlock]:
 
 
 def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at `name`; a replacement remembers the module it replaced."""
+    """Put `module` at `name`; a replacement remembers the module it replaced. Forward hooks stay with the place."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
+    replaced = parent.get_submodule(child)
     if isinstance(module, QuantModule):
-        module.original = (parent.get_submodule(child),)  # in a tuple: not a submodule
+        module.original = (replaced,)  # in a tuple: not a submodule
+    for hooks in FORWARD_HOOKS:
+        setattr(module, hooks, getattr(replaced, hooks))
     parent._modules[child] = module
 
 

@@ -1,0 +1,181 @@
+"""INT8 attention, bit for bit that of `vqvit.reference`.
+
+    l_ij = (α_q[i] · sm_scale log2 e · α_k[j]) · Σ_d q[i, d] k[j, d]            int8 products, fp32 logits in units of log2
+    e_ij = rne(255 · 2^(l_ij - max_j l_ij))                                    u8 codes, not normalised
+    out[i, d] = α_v[d] · Σ_j e_ij v[j, d] / Σ_j e_ij                           int8 products, one division a row
+
+Shapes: q (B, H, Sq, D), k and v (B, H, Sk, D) int8; scales q (B, H, Sq), k (B, H, Sk), v (B, H, D) -> out (B, Sq, H D).
+Grid: one program per BLOCK_M queries of a head. The codes need the true row maximum: up to ONE_PASS_KEYS keys the whole
+row of logits stays in registers, beyond them a first pass over the keys finds the maximum and a second recomputes the logits.
+Tensor cores multiply s8 by s8, so e goes in as e - 128 and 128 · Σ_j v[j, d] is added back: exact. Masked keys have e = 0
+and zero rows of v, so they add nothing. D is padded to a power of two.
+v has D contiguous while its product contracts over tokens: the tile is transposed on its way to the tensor core.
+Operations: 4 Sq Sk D int8 and about 20 Sq Sk fp32 for a head (the exponential is a polynomial of degree 5).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vqvit import numerics as contract
+from vqvit.kernels import numerics as nm
+from vqvit.kernels.launch import EXACT, INTERPRETER, device_of, on
+
+CODE_SHIFT = tl.constexpr(nm.MAGIC.value - 128.0)  # v + CODE_SHIFT rounds v to an integer whose low byte is v - 128
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Queries and keys of a tile; block_n of the one-pass kernel is the padded number of keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+ONE_PASS_KEYS = 256  # (64, 256) fp32 logits are 128 registers a thread with 4 warps
+
+# Keyed by architecture, then by head dimension up to which the config applies: (one pass, two passes).
+ATTENTION_CONFIGS = {
+    90: {
+        64: (AttentionConfig(64, 256, 4, 1), AttentionConfig(128, 128, 8, 2)),
+        128: (AttentionConfig(64, 256, 8, 1), AttentionConfig(64, 128, 8, 2)),
+        1024: (AttentionConfig(16, 32, 8, 1), AttentionConfig(16, 32, 8, 1)),
+    },
+    86: {
+        64: (AttentionConfig(64, 256, 8, 1), AttentionConfig(64, 64, 4, 2)),
+        128: (AttentionConfig(64, 256, 8, 1), AttentionConfig(64, 64, 4, 2)),
+        1024: (AttentionConfig(16, 32, 8, 1), AttentionConfig(16, 32, 8, 1)),
+    },
+    80: {
+        64: (AttentionConfig(64, 256, 8, 1), AttentionConfig(64, 64, 4, 2)),
+        128: (AttentionConfig(64, 256, 8, 1), AttentionConfig(64, 64, 4, 2)),
+        1024: (AttentionConfig(16, 32, 8, 1), AttentionConfig(16, 32, 8, 1)),
+    },
+    INTERPRETER: {1024: (AttentionConfig(128, 256, 4, 1), AttentionConfig(128, 256, 4, 1))},
+}
+
+
+@triton.jit
+def _load_tokens(ptr, tokens, dims, S, D):
+    """A (tokens, dims) int8 tile of one head, 0 outside (S, D)."""
+    return tl.load(ptr + tokens * D + dims, mask=(tokens < S) & (dims < D), other=0)
+
+
+@triton.jit
+def _logits(q, row_factor, k_ptr, k_scale_ptr, start, SK, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """fp32 logits of a query tile against keys start ... start + BLOCK_N, -Inf beyond SK. A non-finite scale poisons."""
+    keys = start + tl.arange(0, BLOCK_N)
+    k = _load_tokens(k_ptr, keys[None, :], tl.arange(0, BLOCK_D)[:, None], SK, D)
+    k_scale = tl.load(k_scale_ptr + keys, mask=keys < SK, other=0.0)
+    k_scale = tl.where(tl.abs(k_scale) < nm.INF, k_scale, nm.NAN)
+    acc = tl.dot(q, k, out_dtype=tl.int32)
+    if BLOCK_D <= 256:  # |acc| <= 256 · 127² < 2^22: an addition is cheaper than a conversion
+        acc = (acc + nm.MAGIC_BITS).to(tl.float32, bitcast=True) - nm.MAGIC
+    else:
+        acc = acc.to(tl.float32)
+    return tl.where(keys[None, :] < SK, row_factor * k_scale[None, :] * acc, -nm.INF)
+
+
+@triton.jit
+def _numerators(logits, row_max):
+    """s8 codes e - 128 and the row sums Σ e, which fp32 holds exactly."""
+    shifted = nm.exp2(logits - row_max) * nm.P_STEPS + CODE_SHIFT
+    return shifted.to(tl.int32, bitcast=True).to(tl.int8), tl.sum(shifted - CODE_SHIFT, axis=1)
+
+
+@triton.jit
+def _int8_attention_kernel(
+    q_ptr,  # (B, H, SQ, D) int8
+    k_ptr,  # (B, H, SK, D) int8
+    v_ptr,  # (B, H, SK, D) int8
+    q_scale_ptr,  # (B, H, SQ) fp32
+    k_scale_ptr,  # (B, H, SK) fp32
+    v_scale_ptr,  # (B, H, D) fp32
+    out_ptr,  # (B, SQ, H, D) float
+    sm_scale_log2,  # sm_scale · log2 e
+    H,
+    SQ,
+    SK,
+    D,
+    ONE_PASS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # program ids: neighbours share a head's keys
+    tiles = tl.cdiv(SQ, BLOCK_M)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    queries = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+
+    # offsets
+    dims = tl.arange(0, BLOCK_D)
+    k_ptr += head * SK * D
+    v_ptr += head * SK * D
+    k_scale_ptr += head * SK
+    q = _load_tokens(q_ptr + head * SQ * D, queries[:, None], dims[None, :], SQ, D)
+    q_scale = tl.load(q_scale_ptr + head * SQ + queries, mask=queries < SQ, other=0.0)
+    row_factor = (q_scale * sm_scale_log2)[:, None]
+
+    # main loop
+    if ONE_PASS:
+        logits = _logits(q, row_factor, k_ptr, k_scale_ptr, 0, SK, D, BLOCK_N, BLOCK_D)
+        codes, total = _numerators(logits, tl.max(logits, axis=1)[:, None])
+        v = _load_tokens(v_ptr, tl.arange(0, BLOCK_N)[:, None], dims[None, :], SK, D)
+        acc = tl.dot(codes, v, out_dtype=tl.int32)
+        v_sum = tl.sum(v.to(tl.int32), axis=0)
+    else:
+        row_max = tl.full((BLOCK_M,), -nm.INF, tl.float32)
+        for start in range(0, SK, BLOCK_N):
+            logits = _logits(q, row_factor, k_ptr, k_scale_ptr, start, SK, D, BLOCK_N, BLOCK_D)
+            row_max = tl.maximum(row_max, tl.max(logits, axis=1))
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
+        v_sum = tl.zeros((BLOCK_D,), tl.int32)
+        for start in range(0, SK, BLOCK_N):
+            logits = _logits(q, row_factor, k_ptr, k_scale_ptr, start, SK, D, BLOCK_N, BLOCK_D)
+            codes, block_total = _numerators(logits, row_max[:, None])
+            v = _load_tokens(v_ptr, (start + tl.arange(0, BLOCK_N))[:, None], dims[None, :], SK, D)
+            acc = tl.dot(codes, v, acc, out_dtype=tl.int32)
+            v_sum += tl.sum(v.to(tl.int32), axis=0)
+            total += block_total
+
+    # epilogue
+    v_scale = tl.load(v_scale_ptr + head * D + dims, mask=dims < D, other=0.0)
+    acc += 128 * v_sum[None, :]
+    out = (acc.to(tl.float32) * tl.div_rn(1.0, total)[:, None]) * v_scale[None, :]
+
+    # store
+    row = (head // H) * SQ + queries
+    out_ptrs = out_ptr + (row * H + head % H)[:, None] * D + dims[None, :]
+    inside = (queries[:, None] < SQ) & (dims[None, :] < D)
+    tl.store(out_ptrs, nm.from_fp32(out, out_ptr.dtype.element_ty), mask=inside)
+
+
+def choose(arch: int, head_dim: int, keys: int) -> tuple[AttentionConfig, bool, int]:
+    """(config, one pass?, BLOCK_N)."""
+    by_dim = ATTENTION_CONFIGS[arch]
+    one_pass_config, two_pass_config = by_dim[min(limit for limit in by_dim if head_dim <= limit)]
+    block_n = max(32, triton.next_power_of_2(keys))
+    if block_n <= min(one_pass_config.block_n, ONE_PASS_KEYS):
+        return one_pass_config, True, block_n
+    return two_pass_config, False, two_pass_config.block_n
+
+
+def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch.float32):
+    batch, heads, queries, dim = q.shape
+    out = torch.empty((batch, queries, heads * dim), dtype=out_dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    c, one_pass, block_n = choose(device_of(q).arch, dim, k.shape[2])
+    operands = (t.contiguous() for t in (q, k, v, q_scale, k_scale, v_scale))
+    with on(q):
+        _int8_attention_kernel[(triton.cdiv(queries, c.block_m) * batch * heads,)](
+            *operands, out, sm_scale * contract.LOG2_E, heads, queries, k.shape[2], dim,
+            ONE_PASS=one_pass, BLOCK_M=c.block_m, BLOCK_N=block_n, BLOCK_D=max(32, triton.next_power_of_2(dim)),
+            num_warps=c.num_warps, num_stages=c.num_stages, **EXACT,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,349 @@
+"""INT8 GEMM with fused epilogues, bit for bit that of `vqvit.reference`.
+
+    acc = Σ_k a[m, k] · b[n, k]                                                                exact int32
+    acc += -z_a[m] Σ_k b[n, k] - z_b[n] Σ_k a[m, k] + K z_a[m] z_b[n]                          optional zero points
+    y = act(fma(acc, α_a[m] α_b[n], bias[n]));  fma(y, layer_scale[n], residual[m, n])         fp32
+    store int32 acc, or y as float, or clamp(rne(y / α_out)) as int8 (static scale)
+
+Shapes: a (M, K) int8 row-major, b (N, K) int8 with K contiguous (weights as stored), vectors (M,) and (N,), out (M, N).
+Layout: both operands have K contiguous, as int8 tensor-core instructions want them: wgmma reads both from shared memory.
+Grid: one program per BLOCK_M x BLOCK_N tile, tiles swizzled in groups of GROUP_M rows to share operands in L2.
+Operations: 2 · M · N · K int8, and per output one int-to-float conversion, two multiplications or fmas, 16 more for GELU.
+Bytes: M · K + N · K + M · N · output size from DRAM; (BLOCK_M + BLOCK_N) · K per tile from L2.
+
+`int8_linear_compensated` accumulates up to four products of the same tiles in one loop (numerics §6):
+
+    y = α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ] / 254 + μ R_A R_Bᵀ / 254²) + bias
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vqvit.kernels import numerics as nm
+from vqvit.kernels.launch import EXACT, INTERPRETER, absent, device_of, on, row_major, vector
+from vqvit.kernels.quantize import quantize_per_token
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """A tile shape; ctas: thread blocks that fit on one multiprocessor (registers and shared memory, compile gate)."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    ctas: int
+    group_m: int = 8
+
+
+# Each architecture: the tile of most reuse for large batches first, then the ones that fill the device when M · N shrinks.
+GEMM_CONFIGS = {
+    90: (
+        GemmConfig(128, 256, 128, 8, 3, ctas=1),  # 170 operations per L2 byte: batch >= 32 of ViT-B and wider
+        GemmConfig(128, 128, 128, 8, 3, ctas=2),  # two blocks overlap epilogue and main loop
+        GemmConfig(64, 128, 128, 4, 3, ctas=3),  # finer last wave
+        GemmConfig(64, 64, 128, 4, 4, ctas=3),  # batch 1 (M = 197): most blocks in flight
+    ),
+    86: (
+        GemmConfig(128, 128, 64, 8, 3, ctas=2),
+        GemmConfig(64, 64, 64, 4, 4, ctas=3),
+    ),
+    80: (
+        GemmConfig(128, 256, 64, 8, 3, ctas=1),
+        GemmConfig(128, 128, 64, 8, 4, ctas=2),
+        GemmConfig(64, 64, 128, 4, 4, ctas=2),
+    ),
+    INTERPRETER: (GemmConfig(64, 64, 64, 4, 1, ctas=1),),
+}
+
+# Three accumulators share the registers, and four tiles the shared memory, of one.
+COMPENSATED_CONFIGS = {
+    90: GemmConfig(64, 128, 128, 8, 2, ctas=1),
+    86: GemmConfig(64, 64, 64, 4, 2, ctas=2),
+    80: GemmConfig(64, 128, 64, 8, 2, ctas=1),
+    INTERPRETER: GemmConfig(64, 64, 64, 4, 1, ctas=1),
+}
+
+
+def choose(configs: tuple[GemmConfig, ...], sms: int, m: int, n: int) -> GemmConfig:
+    """The config of least time: waves of blocks times a block's share of its multiprocessor.
+
+    A block of (bm, bn) costs bm · bn on the tensor cores and 40 (bm + bn) on L2 (bytes weighed by measured rates),
+    and `ctas` of them run at once; ties go to the earlier entry.
+    """
+
+    def time(c: GemmConfig) -> float:
+        waves = triton.cdiv(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n), sms * c.ctas)
+        return waves * c.ctas * (c.block_m * c.block_n + 40 * (c.block_m + c.block_n))
+
+    return min(configs, key=time)
+
+
+@triton.jit
+def _tile_ids(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tile (pid_m, pid_n) of this program: GROUP_M rows of tiles are walked column by column."""
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    in_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_m = pid // in_group * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    return first_m + pid % in_group % group_m, pid % in_group // group_m
+
+
+@triton.jit
+def _load_k(ptrs, offs_k, k, K, EVEN_K: tl.constexpr):
+    """The next tile along K, zero beyond K; offs_k has the tile's rank."""
+    if EVEN_K:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=offs_k < K - k, other=0)
+
+
+@triton.jit
+def _scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N):
+    """fma(acc, α_a α_bᵀ, bias) of fp32 accumulators."""
+    a_scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
+    b_scale = tl.load(b_scale_ptr + offs_n, mask=offs_n < N, other=0.0)
+    scale = a_scale[:, None] * b_scale[None, :]
+    if bias_ptr is not None:
+        bias = nm.to_fp32(tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0))
+        y = nm.fma(acc, scale, bias[None, :])
+    else:
+        y = acc * scale
+    return y
+
+
+@triton.jit
+def _int8_gemm_kernel(
+    a_ptr,  # (M, K) int8
+    b_ptr,  # (N, K) int8
+    out_ptr,  # (M, N) int32 (raw accumulators), float or int8 (static codes)
+    a_scale_ptr,  # (M,) fp32
+    b_scale_ptr,  # (N,) fp32
+    bias_ptr,  # (N,) float or None
+    layer_scale_ptr,  # (N,) float or None
+    residual_ptr,  # (M, N) float or None
+    a_zero_ptr,  # (M,) int32 or None, with b_sum
+    a_sum_ptr,  # (M,) int32 or None
+    b_zero_ptr,  # (N,) int32 or None, with a_sum
+    b_sum_ptr,  # (N,) int32 or None
+    out_scale_ptr,  # () fp32 for codes
+    row_scale_ptr,  # (M,) fp32 for codes, holds out_scale: rows with NaN or Inf are overwritten with NaN
+    row_sum_ptr,  # (M,) int32 or None, holds 0
+    M,
+    N,
+    K,
+    stride_am,
+    stride_bn,
+    stride_rm,
+    ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # program ids
+    pid_m, pid_n = _tile_ids(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+
+    # offsets; rows beyond M and N wrap around, so that the main loop needs no masks for them
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + (offs_m % M)[:, None].to(tl.int64) * stride_am + offs_k[None, :]
+    b_ptrs = b_ptr + (offs_n % N)[None, :].to(tl.int64) * stride_bn + offs_k[:, None]
+
+    # main loop
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for k in range(0, K, BLOCK_K):
+        a = _load_k(a_ptrs, offs_k[None, :], k, K, EVEN_K)
+        b = _load_k(b_ptrs, offs_k[:, None], k, K, EVEN_K)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K
+
+    # epilogue
+    inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    out_ptrs = out_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    if out_ptr.dtype.element_ty == tl.int32:
+        tl.store(out_ptrs, acc, mask=inside)
+        return
+
+    if a_zero_ptr is not None:
+        a_zero = tl.load(a_zero_ptr + offs_m, mask=offs_m < M, other=0)[:, None]
+        acc -= a_zero * tl.load(b_sum_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
+    if b_zero_ptr is not None:
+        b_zero = tl.load(b_zero_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
+        acc -= tl.load(a_sum_ptr + offs_m, mask=offs_m < M, other=0)[:, None] * b_zero
+        if a_zero_ptr is not None:
+            acc += K * a_zero * b_zero
+
+    y = _scaled(acc.to(tl.float32), a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N)
+    y = nm.activation(y, ACTIVATION)
+    if layer_scale_ptr is not None:
+        layer_scale = nm.to_fp32(tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0))[None, :]
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + offs_m[:, None].to(tl.int64) * stride_rm + offs_n[None, :]
+        residual = nm.to_fp32(tl.load(residual_ptrs, mask=inside, other=0.0))
+        if layer_scale_ptr is not None:
+            y = nm.fma(y, layer_scale, residual)
+        else:
+            y = residual + y
+    elif layer_scale_ptr is not None:
+        y = y * layer_scale
+
+    # store
+    if out_ptr.dtype.element_ty == tl.int8:
+        codes = nm.to_codes(y, tl.load(out_scale_ptr), False)
+        tl.store(out_ptrs, codes, mask=inside)
+        y = tl.where(inside, y, 0.0)
+        _, finite = nm.row_absmax(y)
+        rows = offs_m[:, None]
+        tl.store(row_scale_ptr + rows, nm.NAN, mask=(rows < M) & (finite == 0))
+        if row_sum_ptr is not None:
+            sums = tl.sum(tl.where(inside, codes.to(tl.int32), 0), axis=1)
+            tl.atomic_add(row_sum_ptr + offs_m, sums, mask=offs_m < M, sem="relaxed")
+    else:
+        tl.store(out_ptrs, nm.from_fp32(y, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _int8_compensated_kernel(
+    a_ptr,  # (M, K) int8
+    a_residual_ptr,  # (M, K) int8 or None
+    b_ptr,  # (N, K) int8
+    b_residual_ptr,  # (N, K) int8 or None
+    out_ptr,  # (M, N) float
+    a_scale_ptr,  # (M,) fp32
+    b_scale_ptr,  # (N,) fp32
+    bias_ptr,  # (N,) float or None
+    first_weight,  # 1 / 254
+    second_weight,  # μ / 254²
+    M,
+    N,
+    K,
+    RA_B: tl.constexpr,
+    A_RB: tl.constexpr,
+    RA_RB: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # program ids, offsets
+    pid_m, pid_n = _tile_ids(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    a_offsets = (offs_m % M)[:, None].to(tl.int64) * K + offs_k[None, :]
+    b_offsets = (offs_n % N)[None, :].to(tl.int64) * K + offs_k[:, None]
+
+    # main loop: one accumulator for each power of 1/254
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    first = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for k in range(0, K, BLOCK_K):
+        a = _load_k(a_ptr + k + a_offsets, offs_k[None, :], k, K, EVEN_K)
+        b = _load_k(b_ptr + k + b_offsets, offs_k[:, None], k, K, EVEN_K)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+        if RA_B or RA_RB:
+            a_residual = _load_k(a_residual_ptr + k + a_offsets, offs_k[None, :], k, K, EVEN_K)
+        if A_RB or RA_RB:
+            b_residual = _load_k(b_residual_ptr + k + b_offsets, offs_k[:, None], k, K, EVEN_K)
+        if RA_B:
+            first = tl.dot(a_residual, b, first, out_dtype=tl.int32)
+        if A_RB:
+            first = tl.dot(a, b_residual, first, out_dtype=tl.int32)
+        if RA_RB:
+            second = tl.dot(a_residual, b_residual, second, out_dtype=tl.int32)
+
+    # epilogue, store
+    y = acc.to(tl.float32)
+    if RA_B or A_RB:
+        y = nm.fma(first.to(tl.float32), first_weight, y)
+    if RA_RB:
+        y = nm.fma(second.to(tl.float32), second_weight, y)
+    y = _scaled(y, a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N)
+    inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    out_ptrs = out_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    tl.store(out_ptrs, nm.from_fp32(y, out_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(
+    a, b, out, a_scale=None, b_scale=None, bias=None, activation="none", layer_scale=None, residual=None,
+    a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, row_scale=None, row_sum=None,
+):  # fmt: skip
+    (m, k), n = a.shape, out.shape[1]
+    if m == 0 or n == 0:
+        return
+    a, b, residual = row_major(a), row_major(b), None if residual is None else row_major(residual)
+    device = device_of(a)
+    c = choose(GEMM_CONFIGS[device.arch], device.sms, m, n)
+    vectors = (bias, layer_scale, a_zero, a_sum, b_zero, b_sum)
+    bias, layer_scale, a_zero, a_sum, b_zero, b_sum = (vector(v) for v in vectors)
+    with on(a):
+        _int8_gemm_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
+            a, b, out, vector(a_scale), vector(b_scale), bias, layer_scale, residual, a_zero, a_sum, b_zero, b_sum,
+            out_scale, row_scale, row_sum, m, n, k, a.stride(0), b.stride(0), 0 if residual is None else residual.stride(0),
+            ACTIVATION=activation, EVEN_K=k % c.block_k == 0, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
+            GROUP_M=c.group_m, num_warps=c.num_warps, num_stages=c.num_stages, **EXACT,
+        )  # fmt: skip
+
+
+def int8_mm(a, b):
+    out = torch.empty((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
+    _launch(a, b, out)
+    return out
+
+
+def int8_linear(
+    a, a_scale, b, b_scale, bias=None, activation="none", layer_scale=None, residual=None,
+    a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_dtype=torch.float32,
+):  # fmt: skip
+    out = torch.empty((a.shape[0], b_scale.shape[0]), dtype=out_dtype, device=a.device)
+    _launch(a, b, out, a_scale, b_scale, bias, activation, layer_scale, residual, a_zero, a_sum, b_zero, b_sum)
+    return out
+
+
+def int8_linear_quantize(
+    a, a_scale, b, b_scale, bias=None, activation="none",
+    a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, symmetric=True, row_sum=False,
+):  # fmt: skip
+    zero_points = (a_zero, a_sum, b_zero, b_sum)
+    if out_scale is None:  # a row's scale needs all of its tiles: fp32 through memory, and a second launch
+        y = int8_linear(a, a_scale, b, b_scale, bias, activation, None, None, *zero_points)
+        return quantize_per_token(y, 0.0, None, symmetric, row_sum)
+    m = a.shape[0]
+    codes = torch.empty((m, b_scale.shape[0]), dtype=torch.int8, device=a.device)
+    row_scale = out_scale.expand(m).contiguous()
+    sums = torch.zeros(m, dtype=torch.int32, device=a.device) if row_sum else None
+    _launch(
+        a, b, codes, a_scale, b_scale, bias, activation, None, None, *zero_points, out_scale, row_scale, sums
+    )  # fmt: skip
+    return codes, row_scale, absent(a), sums if row_sum else absent(a)
+
+
+def int8_linear_compensated(
+    a, a_scale, a_residual, b, b_scale, b_residual, bias, terms, mu=1.0, out_dtype=torch.float32
+):
+    """`terms`: which of R_A Bqᵀ, Aq R_Bᵀ, R_A R_Bᵀ to add."""
+    (m, k), n = a.shape, b_scale.shape[0]
+    out = torch.empty((m, n), dtype=out_dtype, device=a.device)
+    if m == 0 or n == 0:
+        return out
+    ra_b, a_rb, ra_rb = terms
+    device = device_of(a)
+    c = COMPENSATED_CONFIGS[device.arch]
+    with on(a):
+        _int8_compensated_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
+            *(vector(t) for t in (a, a_residual, b, b_residual)), out, vector(a_scale), vector(b_scale), vector(bias),
+            1 / nm.RESIDUAL_STEPS.value, mu / nm.RESIDUAL_STEPS.value**2, m, n, k, RA_B=ra_b, A_RB=a_rb, RA_RB=ra_rb,
+            EVEN_K=k % c.block_k == 0, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP_M=c.group_m,
+            num_warps=c.num_warps, num_stages=c.num_stages, **EXACT,
+        )  # fmt: skip
+    return out

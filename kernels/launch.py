@@ -1,0 +1,59 @@
+"""What every launcher shares: the device's description, row-major views, and the launch options."""
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+EXACT = {"enable_fp_fusion": False}
+"""Compiler options of every launch: the contract spells out each fused multiply-add (see `kernels/numerics.py`)."""
+
+INTERPRETER = 0
+"""Architecture key of the configs that the interpreter runs: few, large tiles, since each tile is a numpy call."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """arch: the row of the config tables that serves the device; sms: its multiprocessors."""
+
+    arch: int
+    sms: int
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    arch = {(9, 0): 90, (8, 0): 80, (8, 7): 80, (10, 0): 80, (10, 3): 80}.get((properties.major, properties.minor), 86)
+    return Device(arch, properties.multi_processor_count)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The config row for `tensor`'s device. Parts without a row of their own use the one of smallest shared memory, 86."""
+    if triton.knobs.runtime.interpret:
+        return Device(INTERPRETER, 1)
+    return _cuda_device(tensor.device.index)
+
+
+def on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Make `tensor`'s device current, as Triton launches on the current device's current stream."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """`tensor` if its last dimension is contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def vector(tensor: Tensor | None) -> Tensor | None:
+    """A contiguous 1-D operand, or None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def absent(like: Tensor) -> Tensor:
+    """An empty int32 tensor: an output that was not asked for."""
+    return torch.empty(0, dtype=torch.int32, device=like.device)

@@ -1,0 +1,402 @@
+"""Quantization to int8 codes, bit for bit that of `vqvit.reference`.
+
+    per token    α_t = max(1e-8, (max|x_t| + δ sd(x_t)) / 127),  q = clamp(rne(x / α_t), -127, 127)
+    asymmetric   α_t = (max - min) / 254,  z_t = -127 - rne(min / α_t),  q = clamp(rne(x / α_t) + z_t, -127, 127)
+    static       q = clamp(rne(x / α)) for one calibrated α
+    residual     R = clamp(rne(254 (x - α q) / α))
+
+Shapes: x (M, K) float, any row stride -> codes (M, K) int8, scales (M,) fp32; x is multiplied by an equalizer (K,) first.
+Grid: one program per ROWS rows of a tile (ROWS, BLOCK >= K) that stays in registers: every element is read once.
+Rows beyond MAX_TILE elements are read twice (four times with δ) in blocks, by one program each.
+Bytes: (input size + 1) · M · K; about 12 operations an element, so memory bounds it.
+`patchify_quantize` gathers its rows from images; `quantize_qkv` takes per-token rows of q and k and per-channel rows of v.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vqvit.kernels import numerics as nm
+from vqvit.kernels.launch import EXACT, INTERPRETER, absent, device_of, on, row_major, vector
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """tile: elements of a program's tile if rows abound; few_rows: if there are fewer rows than multiprocessors · 4;
+    per_warp: elements a warp holds; max_warps."""
+
+    tile: int
+    few_rows: int
+    per_warp: int
+    max_warps: int
+
+
+# 1024 elements a warp are 32 fp32 registers a thread; a row of 1024 then reduces inside one warp, without a barrier.
+# Few rows (batch 1): one row a program, 8 elements a thread, to reach more multiprocessors.
+ROW_CONFIGS = {
+    90: RowConfig(tile=4096, few_rows=1024, per_warp=1024, max_warps=32),
+    86: RowConfig(tile=4096, few_rows=1024, per_warp=1024, max_warps=32),
+    80: RowConfig(tile=4096, few_rows=1024, per_warp=1024, max_warps=32),
+    INTERPRETER: RowConfig(tile=2**16, few_rows=2**16, per_warp=1024, max_warps=32),
+}
+MAX_TILE = 16384  # 16 warps of 32 registers
+LONG_BLOCK = 4096
+
+
+def row_config(arch: int, sms: int, m: int, k: int) -> tuple[int, int, int]:
+    """(ROWS, BLOCK, num_warps) for m rows of k elements."""
+    config = ROW_CONFIGS[arch]
+    block = max(32, triton.next_power_of_2(k))
+    few = m < 4 * sms
+    rows = max(1, (config.few_rows if few else config.tile) // block)
+    per_warp = config.per_warp // 4 if few else config.per_warp
+    return rows, block, min(max(1, rows * block // per_warp), config.max_warps)
+
+
+@triton.jit
+def _load_rows(x_ptr, equalizer_ptr, rows, cols, stride_xm, M, K):
+    """The tile x[rows, cols] · equalizer in fp32, 0 outside (M, K)."""
+    inside = (rows[:, None] < M) & (cols[None, :] < K)
+    x = nm.to_fp32(tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_xm + cols[None, :], mask=inside, other=0.0))
+    if equalizer_ptr is not None:
+        x = x * tl.load(equalizer_ptr + cols, mask=cols < K, other=0.0)[None, :]
+    return x
+
+
+@triton.jit
+def _store_rows(codes, codes_ptr, rows, cols, M, K):
+    """codes[rows, cols] into a contiguous (M, K)."""
+    inside = (rows[:, None] < M) & (cols[None, :] < K)
+    tl.store(codes_ptr + rows[:, None].to(tl.int64) * K + cols[None, :], codes, mask=inside)
+
+
+@triton.jit
+def store_per_row(ptr, value, rows, M):
+    """A (ROWS, 1) tile into (M,)."""
+    tl.store(ptr + rows[:, None], value, mask=rows[:, None] < M)
+
+
+@triton.jit
+def row_sum(codes):
+    return tl.sum(codes.to(tl.int32), axis=1)[:, None]
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,  # (M, K) float
+    equalizer_ptr,  # (K,) fp32 or None
+    static_scale_ptr,  # () fp32 or None
+    codes_ptr,  # (M, K) int8
+    scale_ptr,  # (M,) fp32
+    zero_point_ptr,  # (M,) int32 or None: symmetric
+    row_sum_ptr,  # (M,) int32 or None
+    delta,  # fp32
+    M,
+    K,
+    stride_xm,
+    HAS_DELTA: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    x = _load_rows(x_ptr, equalizer_ptr, rows, cols, stride_xm, M, K)
+
+    if static_scale_ptr is not None:
+        static_scale = tl.load(static_scale_ptr)
+        _, finite = nm.row_absmax(x)
+        codes = nm.to_codes(x, static_scale, False)
+        scale = tl.where(finite, static_scale, nm.NAN)
+    elif zero_point_ptr is not None:
+        codes, scale, zero_point = nm.quantize_rows_asymmetric(x)
+        codes = tl.where(cols[None, :] < K, codes, 0)  # a padded 0 has the code of the zero point
+        store_per_row(zero_point_ptr, zero_point, rows, M)
+    else:
+        codes, scale = nm.quantize_rows(x, cols[None, :] < K, K, delta, HAS_DELTA)
+
+    store_per_row(scale_ptr, scale, rows, M)
+    _store_rows(codes, codes_ptr, rows, cols, M, K)
+    if row_sum_ptr is not None:
+        store_per_row(row_sum_ptr, row_sum(codes), rows, M)
+
+
+@triton.jit
+def _quantize_long_kernel(
+    x_ptr,  # (M, K) float
+    equalizer_ptr,  # (K,) fp32 or None
+    static_scale_ptr,  # () fp32 or None
+    codes_ptr,  # (M, K) int8
+    scale_ptr,  # (M,) fp32
+    zero_point_ptr,  # (M,) int32 or None: symmetric
+    row_sum_ptr,  # (M,) int32 or None
+    delta,  # fp32
+    M,
+    K,
+    stride_xm,
+    HAS_DELTA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) + tl.arange(0, 1)
+    cols = tl.arange(0, BLOCK)
+
+    bits = tl.zeros((1, 1), tl.int32)
+    low = tl.zeros((1, 1), tl.float32)
+    high = tl.zeros((1, 1), tl.float32)
+    for start in range(0, K, BLOCK):
+        x = _load_rows(x_ptr, equalizer_ptr, row, start + cols, stride_xm, M, K)
+        bits = tl.maximum(bits, tl.max(nm.magnitude_bits(x), axis=1)[:, None])
+        low = tl.minimum(low, tl.min(x, axis=1)[:, None])
+        high = tl.maximum(high, tl.max(x, axis=1)[:, None])
+    finite = bits < nm.INF_BITS
+    span = tl.where(finite, bits, 0).to(tl.float32, bitcast=True)
+
+    if HAS_DELTA:
+        exponent = nm.grid_exponent(span)
+        total = tl.zeros((1, 1), tl.int64)
+        for start in range(0, K, BLOCK):
+            x = _load_rows(x_ptr, equalizer_ptr, row, start + cols, stride_xm, M, K)
+            total += nm.grid_sum(tl.where(finite, x, 0.0), exponent, 1)
+        mean = nm.grid_mean(total, exponent, K, 1)
+        total = tl.zeros((1, 1), tl.int64)
+        for start in range(0, K, BLOCK):
+            x = _load_rows(x_ptr, equalizer_ptr, row, start + cols, stride_xm, M, K)
+            inside = finite & ((start + cols)[None, :] < K)
+            total += nm.grid_sum(tl.where(inside, x - mean, 0.0), exponent, 2)
+        span = nm.fma(tl.sqrt_rn(nm.grid_mean(total, exponent, K, 2)), delta, span)
+
+    if static_scale_ptr is not None:
+        divisor = tl.load(static_scale_ptr) + tl.zeros((1, 1), tl.float32)
+        scale = tl.where(finite, divisor, nm.NAN)
+    elif zero_point_ptr is not None:
+        scale, zero_point = nm.asymmetric_range(tl.where(finite, low, 0.0), tl.where(finite, high, 0.0), finite)
+        store_per_row(zero_point_ptr, zero_point, row, M)
+    else:
+        scale = tl.where(finite, nm.scale_of(span, nm.QMAX), nm.NAN)
+        divisor = scale
+    store_per_row(scale_ptr, scale, row, M)
+
+    total_codes = tl.zeros((1, 1), tl.int32)
+    for start in range(0, K, BLOCK):
+        x = _load_rows(x_ptr, equalizer_ptr, row, start + cols, stride_xm, M, K)
+        if zero_point_ptr is not None:
+            codes = nm.to_codes_asymmetric(tl.where(finite, x, 0.0), scale, zero_point)
+            codes = tl.where((start + cols)[None, :] < K, codes, 0)
+        else:
+            codes = nm.to_codes(x, divisor, False)
+        _store_rows(codes, codes_ptr, row, start + cols, M, K)
+        total_codes += row_sum(codes)
+    if row_sum_ptr is not None:
+        store_per_row(row_sum_ptr, total_codes, row, M)
+
+
+@triton.jit
+def _quantize_residual_kernel(
+    x_ptr,  # (M, K) float
+    codes_ptr,  # (M, K) int8, contiguous
+    scale_ptr,  # (M,) fp32
+    residual_ptr,  # (M, K) int8
+    M,
+    K,
+    stride_xm,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) + tl.arange(0, 1)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = _load_rows(x_ptr, None, row, cols, stride_xm, M, K)
+    scale = tl.load(scale_ptr + row)[:, None]
+    codes = tl.load(codes_ptr + row[:, None].to(tl.int64) * K + cols[None, :], mask=cols[None, :] < K, other=0)
+    remainder = x - scale * codes.to(tl.float32)
+    _store_rows(nm.to_codes(remainder * nm.RESIDUAL_STEPS, scale, False), residual_ptr, row, cols, M, K)
+
+
+@triton.jit
+def _patchify_quantize_kernel(
+    pixels_ptr,  # (B, C, Ht, Wd) float
+    equalizer_ptr,  # (C ph pw,) fp32 or None
+    codes_ptr,  # (M, K) int8, M = B · GRID_H · GRID_W, K = C · ph · pw
+    scale_ptr,  # (M,) fp32
+    M,
+    K,
+    grid_h,
+    grid_w,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    image, patch = rows // (grid_h * grid_w), rows % (grid_h * grid_w)
+    channel, pixel = cols // (PATCH_H * PATCH_W), cols % (PATCH_H * PATCH_W)
+    corner = (
+        image.to(tl.int64) * stride_b + (patch // grid_w) * PATCH_H * stride_h + (patch % grid_w) * PATCH_W * stride_w
+    )
+    offset = channel * stride_c + (pixel // PATCH_W) * stride_h + (pixel % PATCH_W) * stride_w
+    inside = (rows[:, None] < M) & (cols[None, :] < K)
+    x = nm.to_fp32(tl.load(pixels_ptr + corner[:, None] + offset[None, :], mask=inside, other=0.0))
+    if equalizer_ptr is not None:
+        x = x * tl.load(equalizer_ptr + cols, mask=cols < K, other=0.0)[None, :]
+
+    codes, scale = nm.quantize_rows(x, inside, K, 0.0, False)
+    store_per_row(scale_ptr, scale, rows, M)
+    _store_rows(codes, codes_ptr, rows, cols, M, K)
+
+
+@triton.jit
+def _quantize_qkv_kernel(
+    qkv_ptr,  # (B, S, 3 H D) float
+    q_ptr,  # (B, H, S, D) int8
+    k_ptr,  # (B, H, S, D) int8
+    v_ptr,  # (B, H, S, D) int8
+    q_scale_ptr,  # (B, H, S) fp32
+    k_scale_ptr,  # (B, H, S) fp32
+    v_scale_ptr,  # (B, H, D) fp32
+    H,
+    S,
+    D,
+    stride_b,
+    stride_s,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # program ids: (head of an image; token blocks of q, then of k, then channel blocks of v)
+    head = tl.program_id(0)
+    token_blocks = tl.cdiv(S, BLOCK_S)
+    part = tl.program_id(1) // token_blocks
+    qkv_ptr += (head // H).to(tl.int64) * stride_b + (head % H) * D
+    out = head.to(tl.int64) * S * D
+
+    if part < 2:  # rows are tokens
+        rows = (tl.program_id(1) % token_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
+        cols = tl.arange(0, BLOCK_D)
+        x = _load_rows(qkv_ptr + part * H * D, None, rows, cols, stride_s, S, D)
+        codes, scale = nm.quantize_rows(x, cols[None, :] < D, D, 0.0, False)
+        if part == 0:
+            store_per_row(q_scale_ptr + head * S, scale, rows, S)
+            _store_rows(codes, q_ptr + out, rows, cols, S, D)
+        else:
+            store_per_row(k_scale_ptr + head * S, scale, rows, S)
+            _store_rows(codes, k_ptr + out, rows, cols, S, D)
+    else:  # rows are the channels of v
+        channels = (tl.program_id(1) - 2 * token_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+        tokens = tl.arange(0, BLOCK_S)
+        source = qkv_ptr + 2 * H * D + channels[:, None]
+        bits = tl.zeros((BLOCK_C, 1), tl.int32)
+        for start in range(0, S, BLOCK_S):
+            inside = (channels[:, None] < D) & ((start + tokens)[None, :] < S)
+            x = nm.to_fp32(tl.load(source + (start + tokens)[None, :].to(tl.int64) * stride_s, mask=inside, other=0.0))
+            bits = tl.maximum(bits, tl.max(nm.magnitude_bits(x), axis=1)[:, None])
+        finite = bits < nm.INF_BITS
+        absmax = tl.where(finite, bits, 0).to(tl.float32, bitcast=True)
+        scale = tl.where(finite, nm.scale_of(absmax, nm.QMAX), nm.NAN)
+        store_per_row(v_scale_ptr + head * D, scale, channels, D)
+        for start in range(0, S, BLOCK_S):
+            inside = (channels[:, None] < D) & ((start + tokens)[None, :] < S)
+            x = nm.to_fp32(tl.load(source + (start + tokens)[None, :].to(tl.int64) * stride_s, mask=inside, other=0.0))
+            codes = nm.to_codes(tl.where(finite, x, 0.0), scale, True)
+            tl.store(v_ptr + out + (start + tokens)[None, :] * D + channels[:, None], codes, mask=inside)
+
+
+def _quantize(x, delta, equalizer, static_scale, symmetric, row_sum):
+    """Codes, scales, zero points (None if symmetric) and row sums (None if not wanted) of the last dimension's rows."""
+    k = x.shape[-1]
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    zero_point = None if symmetric else torch.empty_like(scale, dtype=torch.int32)
+    sums = torch.empty_like(scale, dtype=torch.int32) if row_sum else None
+    x = row_major(x.reshape(-1, k))
+    m = x.shape[0]
+    if m == 0:
+        return codes, scale, zero_point, sums
+
+    equalizer = vector(equalizer)
+    tensors = (x, equalizer, static_scale, codes, scale, zero_point, sums)
+    device = device_of(x)
+    with on(x):
+        if k > MAX_TILE:
+            _quantize_long_kernel[(m,)](
+                *tensors, delta, m, k, x.stride(0), HAS_DELTA=delta != 0.0, BLOCK=LONG_BLOCK, num_warps=8, **EXACT
+            )
+        else:
+            rows, block, num_warps = row_config(device.arch, device.sms, m, k)
+            _quantize_kernel[(triton.cdiv(m, rows),)](
+                *tensors, delta, m, k, x.stride(0), HAS_DELTA=delta != 0.0, ROWS=rows, BLOCK=block,
+                num_warps=num_warps, **EXACT,
+            )  # fmt: skip
+    return codes, scale, zero_point, sums
+
+
+def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=False):
+    codes, scale, zero_point, sums = _quantize(x, delta, equalizer, None, symmetric, row_sum)
+    return codes, scale, absent(x) if symmetric else zero_point, sums if row_sum else absent(x)
+
+
+def quantize_static(x, scale, equalizer=None, row_sum=False):
+    codes, scale, _, sums = _quantize(x, 0.0, equalizer, scale, True, row_sum)
+    return codes, scale, sums if row_sum else absent(x)
+
+
+def quantize_residual(x, codes, scale):
+    k = x.shape[-1]
+    residual = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    x, codes, scale = row_major(x.reshape(-1, k)), codes.contiguous(), scale.contiguous()
+    if x.shape[0]:
+        block = min(LONG_BLOCK, max(32, triton.next_power_of_2(k)))
+        with on(x):
+            _quantize_residual_kernel[(x.shape[0], triton.cdiv(k, block))](
+                x, codes, scale, residual, x.shape[0], k, x.stride(0), BLOCK=block, num_warps=max(1, block // 512), **EXACT
+            )
+    return residual
+
+
+def patchify_quantize(pixels, patch_height, patch_width, equalizer=None):
+    batch, channels, height, width = pixels.shape
+    grid_h, grid_w = height // patch_height, width // patch_width
+    m, k = batch * grid_h * grid_w, channels * patch_height * patch_width
+    if k > MAX_TILE:  # no patch embedding comes near: one copy, then the kernel for long rows
+        grid = pixels.reshape(batch, channels, grid_h, patch_height, grid_w, patch_width)
+        return quantize_per_token(grid.permute(0, 2, 4, 1, 3, 5).reshape(m, k), 0.0, equalizer)[:2]
+    codes = torch.empty((m, k), dtype=torch.int8, device=pixels.device)
+    scale = torch.empty(m, dtype=torch.float32, device=pixels.device)
+    if m == 0:
+        return codes, scale
+    device = device_of(pixels)
+    rows, block, num_warps = row_config(device.arch, device.sms, m, k)
+    equalizer = vector(equalizer)
+    with on(pixels):
+        _patchify_quantize_kernel[(triton.cdiv(m, rows),)](
+            pixels, equalizer, codes, scale, m, k, grid_h, grid_w, *pixels.stride(),
+            PATCH_H=patch_height, PATCH_W=patch_width, ROWS=rows, BLOCK=block, num_warps=num_warps, **EXACT,
+        )  # fmt: skip
+    return codes, scale
+
+
+QKV_TILE = 4096  # elements of a tile: 32 registers a thread with 4 warps
+QKV_CHANNELS = 16  # channels of v in a program: whole 32-byte sectors of half precision
+
+
+def quantize_qkv(qkv, num_heads):
+    batch, tokens, width = qkv.shape
+    dim = width // (3 * num_heads)
+    qkv = row_major(qkv)
+    codes = [torch.empty((batch, num_heads, tokens, dim), dtype=torch.int8, device=qkv.device) for _ in range(3)]
+    q_scale = torch.empty((batch, num_heads, tokens), dtype=torch.float32, device=qkv.device)
+    k_scale = torch.empty_like(q_scale)
+    v_scale = torch.empty((batch, num_heads, dim), dtype=torch.float32, device=qkv.device)
+    if batch:
+        block_d = triton.next_power_of_2(dim)
+        block_s = max(16, QKV_TILE // block_d)
+        grid = (batch * num_heads, 2 * triton.cdiv(tokens, block_s) + triton.cdiv(dim, QKV_CHANNELS))
+        with on(qkv):
+            _quantize_qkv_kernel[grid](
+                qkv, *codes, q_scale, k_scale, v_scale, num_heads, tokens, dim, qkv.stride(0), qkv.stride(1),
+                BLOCK_S=block_s, BLOCK_D=block_d, BLOCK_C=QKV_CHANNELS, num_warps=4, **EXACT,
+            )  # fmt: skip
+    return *codes, q_scale, k_scale, v_scale

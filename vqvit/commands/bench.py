@@ -1,0 +1,114 @@
+"""Time fp32, bf16 and W8A8 of one model side by side: medians of interleaved runs.
+
+MODEL is a local folder: a float Hugging Face model, or a vqvit checkpoint (whose float engines then have random weights of
+the same architecture). `--arch` builds a known architecture with random weights instead.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from vqvit.commands import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL")
+    parser.add_argument("--arch", help="vit-ti, deit-s, dinov2-s, vit-b16 (default) or vit-l16")
+    parser.add_argument("--batch", type=common.int_list, default=[1, 8], metavar="1,8", help="batch sizes")
+    parser.add_argument("--image-size", type=common.positive_int, metavar="S", help="default: the configuration's")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for each batch size")
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory, in a new process per engine")
+    common.add_device_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    import torch
+
+    from vqvit import engines, provenance
+    from vqvit.timing import interleaved
+
+    if arguments.model and arguments.arch:
+        raise ValueError("bench: expected a MODEL folder or --arch; got both")
+    device = common.use_device(arguments)
+    name, models = _engines(arguments, device)
+    size = arguments.image_size or common.image_size_of(models["fp32"])
+    if size is None:
+        raise ValueError(f"{name}: expected --image-size, for the model's configuration names none")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(max(arguments.batch), 3, size, size, generator=generator)
+    rows = []
+    for batch in arguments.batch:
+        calls = {engine: engines.timed_call(model, images[:batch]) for engine, model in models.items()}
+        latency = interleaved(calls, arguments.seconds, device, f"batch {batch}")
+        for engine, measured in latency.items():
+            speedup = latency["fp32"].median_ms / measured.median_ms
+            rows.append({"engine": engine, "batch": batch, **measured.to_dict(), "speedup": speedup})
+    memory = _memory(models, images[: min(arguments.batch)], device) if arguments.memory else {}
+    return {
+        "model": name,
+        "image_size": size,
+        "rows": rows,
+        "memory_batch": min(arguments.batch),
+        "memory": memory,
+        "environment": provenance.environment(device),
+    }
+
+
+def to_text(result: dict) -> str:
+    from vqvit.report import cells, text_table
+
+    columns = [
+        {"key": "engine", "label": "engine"},
+        {"key": "batch", "label": "batch"},
+        {"key": "median_ms", "label": "median ms", "format": ".2f"},
+        {"key": "p20_ms", "label": "p20", "format": ".2f"},
+        {"key": "p80_ms", "label": "p80", "format": ".2f"},
+        {"key": "speedup", "label": "x fp32", "format": ".2f"},
+        {"key": "runs", "label": "runs"},
+    ]
+    facts = result["environment"]
+    images = f"{result['image_size']} x {result['image_size']}"
+    where = f"{facts['device']}, {facts['threads']} threads, backend {facts['backend']}"
+    table = text_table(*cells({"columns": columns, "rows": result["rows"]}))
+    lines = [f"{result['model']} at {images} on {where}", table]
+    if result["memory"]:
+        rows = [
+            [engine, f"{m['bytes'] / 1e6:.1f}", f"{m['peak']:.0f}", f"{m['peak'] - m['baseline']:.0f}"]
+            for engine, m in result["memory"].items()
+        ]
+        labels = ["engine", "size MB", f"peak MiB at batch {result['memory_batch']}", "of it model"]
+        lines += ["", text_table(labels, rows)]
+    return "\n".join(lines)
+
+
+def _engines(arguments: argparse.Namespace, device) -> tuple[str, dict]:
+    """A name to show, and the three engines on `device`."""
+    from vqvit import engines
+
+    if not arguments.model:
+        arch = arguments.arch or "vit-b16"
+        common.say(f"building {arch} with random weights")
+        return arch, engines.variants(engines.random_model(arch).to(device))
+    if not engines.is_quantized_folder(arguments.model):
+        return Path(arguments.model).name, engines.variants(engines.open_model(arguments.model, device).float())
+    quantized = engines.open_model(arguments.model, device)
+    models = engines.variants(engines.random_like(arguments.model).to(device))
+    return Path(arguments.model).name, {**models, "w8a8": quantized}
+
+
+def _memory(models: dict, images, device) -> dict[str, dict]:
+    """Size on disk and memory of each engine, stored in a temporary folder and loaded by a new process."""
+    from safetensors.torch import save_file
+
+    from vqvit import engines, memory
+
+    measured = {}
+    with tempfile.TemporaryDirectory(prefix="vqvit-") as scratch:
+        inputs = Path(scratch) / "inputs.safetensors"
+        save_file({"pixel_values": images.contiguous()}, inputs)
+        for engine, model in models.items():
+            common.say(f"memory of {engine}")
+            folder = engines.save(engine, model, Path(scratch) / engine)
+            used = memory.measure(folder, inputs, device=str(device))
+            measured[engine] = {**used.to_dict(), "bytes": engines.folder_bytes(folder)}
+    return measured

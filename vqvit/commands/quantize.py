@@ -1,0 +1,116 @@
+"""Quantize a Hugging Face model folder and save the integer model.
+
+SRC is a local folder with config.json and weights; OUT is a new folder, or a vqvit checkpoint to replace. Without options:
+W8A8, per-token activation scales, int8 attention. `--config` reads the same options, or a whole plan, from JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+from vqvit.commands import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC")
+    parser.add_argument("output", metavar="OUT")
+    parser.add_argument("--config", metavar="JSON", help="file with the fields of QuantConfig, or a plan")
+    parser.add_argument("--tier", help="tier of every layer: int8, int8_asym or fp16")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="LAYER=TIER",
+        help="tier of one role or of layers whose name matches a pattern; may be repeated; skip leaves them float",
+    )
+    parser.add_argument("--activation", help="activation scales: per_token, per_token_asym or static")
+    parser.add_argument("--attention", help="int8 or float")
+    parser.add_argument("--half-dtype", help="dtype of the fp16 tier: bfloat16 or float16")
+    common.add_data_arguments(parser, "--calibration", False, "images for static activation scales")
+    common.add_device_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    from vqvit import calibration, checkpoint, engines, hf
+
+    device = common.use_device(arguments)
+    _require_replaceable(Path(arguments.output))
+    config = _configuration(arguments)
+    model = hf.load_float(arguments.source).to(device)
+    batches = None
+    if arguments.calibration:
+        batches = common.open_data(arguments.calibration, model, arguments.source, arguments)
+    report = calibration.quantize_(model, config, batches, progress=True)
+    checkpoint.save(model, arguments.output)
+    _copy_processor(Path(arguments.source), Path(arguments.output))
+    before, after = engines.folder_bytes(arguments.source), engines.folder_bytes(arguments.output)
+    return {
+        "output": str(arguments.output),
+        "bytes": after,
+        "source_bytes": before,
+        "ratio": after / before,
+        **report.to_dict(),
+    }
+
+
+def to_text(result: dict) -> str:
+    from vqvit.report import text_table
+
+    rows = [
+        [layer["name"], layer["role"], layer["status"], "x".join(map(str, layer["shape"])), layer["reason"]]
+        for layer in result["layers"]
+    ]
+    size = f"{result['source_bytes'] / 1e6:.2f} MB -> {result['bytes'] / 1e6:.2f} MB ({result['ratio']:.3f})"
+    return text_table(["layer", "role", "status", "shape", "reason"], rows) + f"\n\n{result['output']}: {size}"
+
+
+def _configuration(arguments: argparse.Namespace):
+    """The `QuantConfig`, or the `Plan`, that file and options ask for."""
+    from vqvit.plan import Plan, PlanError, QuantConfig
+
+    options = {name: getattr(arguments, name) for name in ("tier", "activation", "attention", "half_dtype")}
+    options = {name: value for name, value in options.items() if value is not None}
+    tiers = {}
+    for setting in arguments.set:
+        pattern, separator, tier = setting.partition("=")
+        if not separator:
+            raise PlanError(f"--set: expected LAYER=TIER; got {setting!r}")
+        tiers[pattern] = tier
+    fields = {}
+    if arguments.config:
+        path = Path(arguments.config)
+        if not path.is_file():
+            raise FileNotFoundError(f"--config: expected a JSON file; there is no {path}")
+        text = path.read_text()
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{path}: expected JSON; got text that fails to parse: {error}") from error
+        if isinstance(fields, dict) and "layers" in fields:
+            if options or tiers:
+                raise PlanError(f"--config: expected a plan alone; got {path} with options besides")
+            return Plan.from_json(text)
+    config = QuantConfig.from_dict(fields)
+    return dataclasses.replace(config, **options, tiers={**config.tiers, **tiers})
+
+
+def _require_replaceable(output: Path) -> None:
+    """Before any work: OUT can be written, and holds nothing but perhaps a checkpoint."""
+    from vqvit.checkpoint import MANIFEST
+
+    common.require_writable_folder(output)
+    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
+        raise FileExistsError(f"{output}: expected a new folder or a vqvit checkpoint to replace; got other content")
+
+
+def _copy_processor(source: Path, output: Path) -> None:
+    """The image processor's configuration belongs to the model: `vqvit eval` reads it."""
+    from vqvit.data import PROCESSOR_FILE
+
+    if (source / PROCESSOR_FILE).is_file():
+        temporary = output / f".{PROCESSOR_FILE}.part"
+        shutil.copyfile(source / PROCESSOR_FILE, temporary)
+        os.replace(temporary, output / PROCESSOR_FILE)

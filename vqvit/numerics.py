@@ -92,6 +92,16 @@ def _fp64(value: Tensor | float, device: torch.device) -> Tensor:
     return value.double()
 
 
+def sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded fp32 square root. torch.sqrt is not on the CPU (2.13: one last bit in five); fp64's, rounded, is."""
+    return x.double().sqrt().float()
+
+
+def divide(x: Tensor, value: float) -> Tensor:
+    """x / value, rounded once. CUDA tensors divided by a Python number are multiplied by its reciprocal instead."""
+    return x / torch.full_like(x, value)
+
+
 def polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     """Σ c_i x^i by Horner's rule, one fma a step."""
     value = torch.full_like(x, coefficients[-1])
@@ -149,7 +159,7 @@ def _grid_mean(x: Tensor, exponent: Tensor, power: int) -> Tensor:
     """fl32 of the mean of x^power, x in units u = 2^(e - 21): (Σ rne(x / u)^power as an integer) / K · u^power in fp64."""
     unit = exponent - MEAN_GRID_BITS
     steps = torch.round(x * pow2(-unit)).to(torch.int64)
-    mean = (steps**power).sum(-1, keepdim=True).double() / x.shape[-1]
+    mean = divide((steps**power).sum(-1, keepdim=True).double(), x.shape[-1])
     return (mean * pow2(unit).double() ** power).float()
 
 
@@ -174,7 +184,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, paper: bool 
     exponent = grid_exponent(x.abs().amax(-1, keepdim=True))
     deviation = x - row_mean(x, exponent)
     variance = row_variance(deviation, exponent)
-    spread = variance.sqrt() + _fp32(eps) if paper else (variance + _fp32(eps)).sqrt()
+    spread = sqrt(variance) + _fp32(eps) if paper else sqrt(variance + _fp32(eps))
     normalized = fma(deviation * (1.0 / spread), weight.float(), bias.float())
     return torch.where(finite, normalized, torch.nan)
 
@@ -191,9 +201,9 @@ def row_scale(x: Tensor, delta: float = 0.0) -> Tensor:
     span = x.abs().amax(-1, keepdim=True)
     if delta != 0.0:
         exponent = grid_exponent(span)
-        sd = row_variance(x - row_mean(x, exponent), exponent).sqrt()
+        sd = sqrt(row_variance(x - row_mean(x, exponent), exponent))
         span = fma(sd, delta, span)
-    scale = (span / QMAX).clamp(min=SCALE_MIN)
+    scale = divide(span, QMAX).clamp(min=SCALE_MIN)
     return torch.where(finite, scale, torch.nan).squeeze(-1)
 
 
@@ -205,7 +215,7 @@ def row_scale_asymmetric(x: Tensor) -> tuple[Tensor, Tensor]:
     finite = torch.isfinite(x).all(-1)
     x = torch.where(finite.unsqueeze(-1), x, 0.0)
     low, high = x.amin(-1).clamp(max=0.0), x.amax(-1).clamp(min=0.0)
-    scale = ((high - low) / ASYM_STEPS).clamp(min=SCALE_MIN)
+    scale = divide(high - low, ASYM_STEPS).clamp(min=SCALE_MIN)
     zero_point = -QMAX - torch.round(low / scale).to(torch.int32)
     return torch.where(finite, scale, torch.nan), torch.where(finite, zero_point, 0)
 
@@ -223,7 +233,7 @@ def weight_scale(weight: Tensor, beta: float = 0.0, per_channel: bool = True) ->
     """
     rows = weight.float() if per_channel else weight.float().reshape(1, -1)
     span = rows.abs().amax(-1) + beta * rows.std(-1, correction=0)
-    return (span / QMAX).clamp(min=SCALE_MIN).expand(weight.shape[0]).contiguous()
+    return divide(span, QMAX).clamp(min=SCALE_MIN).expand(weight.shape[0]).contiguous()
 
 
 def quantize_weight(weight: Tensor, scale: Tensor) -> Tensor:

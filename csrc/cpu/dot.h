@@ -1,0 +1,68 @@
+// Int8 dot-product tiles in plain C++, and the panel packing every instruction set can fall back to.
+//
+// A Dot is the inner kernel of an instruction set:
+//   kRows             rows of a tile
+//   kGroupBytes       bytes that four input channels of one row take once prepared
+//   prepare           one row of codes (s8, or u8 if `is_unsigned`) in the layout the tile reads, zero padded to groups
+//   tile              out[r][n] = Σ_k a[r][k] b[n][k] for `rows` <= kRows rows and 16 · `vectors` columns of a panel
+//   pack_panel        see pack_panel_portable
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace vqvit {
+namespace {
+
+// One panel from b, (columns, k) with rows b_stride apart: groups of (64 columns, 4 input channels), then column sums.
+inline void pack_panel_portable(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel) {
+    const int64_t groups = ceil_div(k, kKGroup), whole = k / kKGroup;
+    int32_t sums[kPanel] = {};
+    if (columns < kPanel) std::memset(panel, 0, static_cast<size_t>(groups * kGroupBytes));
+    for (int64_t n = 0; n < columns; ++n) {
+        const int8_t* row = b + n * b_stride;
+        int8_t* target = panel + n * kKGroup;
+        for (int64_t g = 0; g < whole; ++g) std::memcpy(target + g * kGroupBytes, row + g * kKGroup, kKGroup);
+        for (int64_t i = whole * kKGroup; i < groups * kKGroup; ++i) {
+            target[whole * kGroupBytes + i % kKGroup] = i < k ? row[i] : 0;
+        }
+        for (int64_t i = 0; i < k; ++i) sums[n] += row[i];
+    }
+    std::memcpy(panel + groups * kGroupBytes, sums, sizeof sums);
+}
+
+struct DotScalar {
+    static constexpr int kRows = 4;
+    static constexpr int kGroupBytes = kKGroup * sizeof(int16_t);
+
+    static void prepare(const int8_t* row, int64_t k, bool is_unsigned, uint8_t* prepared) {
+        int16_t* target = reinterpret_cast<int16_t*>(prepared);
+        for (int64_t i = 0; i < k; ++i) target[i] = is_unsigned ? static_cast<uint8_t>(row[i]) : row[i];
+        for (int64_t i = k; i % kKGroup != 0; ++i) target[i] = 0;
+    }
+
+    static void tile(
+        int rows, int vectors, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, bool,
+        int32_t* out, int64_t out_stride) {
+        const int columns = vectors * 16;
+        for (int r = 0; r < rows; ++r) {
+            int32_t acc[kPanel] = {};
+            const int16_t* row = reinterpret_cast<const int16_t*>(a + r * a_stride);
+            for (int64_t g = 0; g < groups; ++g) {
+                const int8_t* b = panel + g * vqvit::kGroupBytes;
+                for (int n = 0; n < columns; ++n) {
+                    for (int i = 0; i < kKGroup; ++i) acc[n] += row[g * kKGroup + i] * b[n * kKGroup + i];
+                }
+            }
+            std::memcpy(out + r * out_stride, acc, static_cast<size_t>(columns) * sizeof(int32_t));
+        }
+    }
+
+    static void pack_panel(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel) {
+        pack_panel_portable(b, b_stride, columns, k, panel);
+    }
+};
+
+}  // namespace
+}  // namespace vqvit

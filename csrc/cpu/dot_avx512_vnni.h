@@ -1,0 +1,89 @@
+// Int8 tiles of 6 rows x 64 columns on vpdpbusd: 24 of the 32 zmm registers accumulate, four hold weights.
+//
+// vpdpbusd multiplies u8 by s8. Signed codes a are read as a + 128 and the tile starts from -128 Σ_k b[n, k], which the
+// panel carries: exact modulo 2^32, hence exact.
+#pragma once
+
+#include <immintrin.h>
+
+#include "dot.h"
+
+namespace vqvit {
+namespace {
+
+struct DotAvx512Vnni {
+    static constexpr int kRows = 6;
+    static constexpr int kGroupBytes = kKGroup;
+    static constexpr int kColumns = 16;  // of a zmm register
+
+    static void prepare(const int8_t* row, int64_t k, bool is_unsigned, uint8_t* prepared) {
+        const __m512i offset = _mm512_set1_epi8(static_cast<char>(is_unsigned ? 0 : 128));
+        int64_t i = 0;
+        for (; i + 64 <= k; i += 64) {
+            _mm512_storeu_si512(prepared + i, _mm512_xor_si512(_mm512_loadu_si512(row + i), offset));
+        }
+        if (i < k) {  // the weights beyond k are zero: any value may pad
+            const __mmask64 rest = ~__mmask64{0} >> (64 - (k - i));
+            const __mmask64 whole = ~__mmask64{0} >> (64 - round_up(k - i, kKGroup));
+            const __m512i codes = _mm512_xor_si512(_mm512_maskz_loadu_epi8(rest, row + i), offset);
+            _mm512_mask_storeu_epi8(prepared + i, whole, codes);
+        }
+    }
+
+    template <int R, int N>
+    static void tile_fixed(
+        const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, bool is_unsigned, int32_t* out,
+        int64_t out_stride) {
+        __m512i acc[R][N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            __m512i start = _mm512_setzero_si512();
+            if (!is_unsigned) {
+                const __m512i sums = _mm512_loadu_si512(panel + groups * vqvit::kGroupBytes + n * 64);
+                start = _mm512_sub_epi32(start, _mm512_slli_epi32(sums, 7));
+            }
+#pragma GCC unroll 6
+            for (int r = 0; r < R; ++r) acc[r][n] = start;
+        }
+        for (int64_t g = 0; g < groups; ++g) {
+            __m512i b[N];
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) b[n] = _mm512_loadu_si512(panel + g * vqvit::kGroupBytes + n * 64);
+#pragma GCC unroll 6
+            for (int r = 0; r < R; ++r) {
+                int32_t codes;
+                std::memcpy(&codes, a + r * a_stride + g * kGroupBytes, sizeof codes);
+                const __m512i broadcast = _mm512_set1_epi32(codes);
+#pragma GCC unroll 4
+                for (int n = 0; n < N; ++n) acc[r][n] = _mm512_dpbusd_epi32(acc[r][n], broadcast, b[n]);
+            }
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) _mm512_storeu_si512(out + r * out_stride + n * kColumns, acc[r][n]);
+        }
+    }
+
+    static void tile(
+        int rows, int vectors, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups,
+        bool is_unsigned, int32_t* out, int64_t out_stride) {
+        using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, bool, int32_t*, int64_t);
+        static constexpr Tile by_shape[kRows][4] = {
+            {tile_fixed<1, 1>, tile_fixed<1, 2>, tile_fixed<1, 3>, tile_fixed<1, 4>},
+            {tile_fixed<2, 1>, tile_fixed<2, 2>, tile_fixed<2, 3>, tile_fixed<2, 4>},
+            {tile_fixed<3, 1>, tile_fixed<3, 2>, tile_fixed<3, 3>, tile_fixed<3, 4>},
+            {tile_fixed<4, 1>, tile_fixed<4, 2>, tile_fixed<4, 3>, tile_fixed<4, 4>},
+            {tile_fixed<5, 1>, tile_fixed<5, 2>, tile_fixed<5, 3>, tile_fixed<5, 4>},
+            {tile_fixed<6, 1>, tile_fixed<6, 2>, tile_fixed<6, 3>, tile_fixed<6, 4>},
+        };
+        by_shape[rows - 1][vectors - 1](a, a_stride, panel, groups, is_unsigned, out, out_stride);
+    }
+
+    static void pack_panel(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel) {
+        pack_panel_portable(b, b_stride, columns, k, panel);
+    }
+};
+
+}  // namespace
+}  // namespace vqvit

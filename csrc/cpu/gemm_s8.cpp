@@ -1,0 +1,194 @@
+// int8_mm, int8_linear, int8_linear_quantize, int8_linear_compensated: blocking and threads around the panel kernels.
+// The formulas are in gemm_panel.h.
+#include <algorithm>
+#include <cstring>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace vqvit {
+namespace {
+
+// A block of prepared rows shares L2 with the weight panel that streams past it: half of the smallest L2 we meet with
+// AVX-512 (1 MiB) and then some, so that the panel (196 KiB at K = 3072) stays too.
+constexpr int64_t kRowBlockBytes = 256 * 1024;
+
+// fp32 rows of int8_linear_quantize that wait for their maximum, in L2.
+constexpr int64_t kWaitingRowBytes = 384 * 1024;
+
+// Tasks a thread should find, so that the last one to finish keeps the others waiting for 3 % of the time at most.
+constexpr int64_t kTasksPerThread = 16;
+
+int64_t row_bytes(const Kernels& isa, int64_t k) { return ceil_div(k, kKGroup) * isa.a_group_bytes; }
+
+int64_t macs(const vqvit_gemm& g) { return g.m * g.n * g.k; }
+
+// Rows cut into blocks of whole tiles.
+struct RowBlocks {
+    int64_t rows, tile_rows, tiles, blocks;
+
+    RowBlocks(int64_t rows, int64_t tile_rows, int64_t at_least, int64_t bytes_per_row, int64_t block_bytes)
+        : rows(rows), tile_rows(tile_rows), tiles(ceil_div(rows, tile_rows)) {
+        const int64_t fitting = std::max<int64_t>(block_bytes / (bytes_per_row * tile_rows), 1);
+        blocks = std::min(std::max(ceil_div(tiles, fitting), at_least), tiles);
+    }
+    int64_t first(int64_t i) const { return block_start(i, blocks, tiles) * tile_rows; }
+    int64_t last(int64_t i) const { return std::min(first(i + 1), rows); }
+};
+
+// The row block that this thread has prepared, in its scratch.
+struct PreparedRows {
+    int64_t block = -1;
+    void* a = nullptr;
+    void* a_residual = nullptr;
+
+    void load(const Kernels& isa, const GemmTask& t, int64_t index, int64_t first, int64_t last) {
+        if (block == index) return;
+        block = index;
+        const vqvit_gemm& g = t.gemm;
+        const int64_t bytes = (last - first) * row_bytes(isa, g.k);
+        a = scratch(Slot::kA, bytes);
+        isa.prepare_a(g.a, g.a_stride, g.k, first, last, a);
+        if (t.a_residual == nullptr) return;
+        a_residual = scratch(Slot::kAResidual, bytes);
+        isa.prepare_a(t.a_residual, g.a_stride, g.k, first, last, a_residual);
+    }
+};
+
+// Tasks are (row block, panel), row blocks outermost: a thread prepares a block and streams panels past it.
+void run_gemm(const Kernels& isa, const GemmTask& t, int threads) {
+    const vqvit_gemm& g = t.gemm;
+    if (g.m == 0 || g.n == 0) return;
+    const int64_t panels = ceil_div(g.n, kPanel), busy = ceil_div(threads * kTasksPerThread, panels);
+    const RowBlocks rows(g.m, isa.tile_rows, busy, row_bytes(isa, g.k), kRowBlockBytes);
+    const auto task = [&](PreparedRows& prepared, int64_t i) {
+        const int64_t block = i / panels, first = rows.first(block), last = rows.last(block);
+        prepared.load(isa, t, block, first, last);
+        isa.gemm_panel(t, first, last, i % panels, prepared.a, prepared.a_residual);
+    };
+    parallel_for<PreparedRows>(rows.blocks * panels, macs(g), threads, task);
+}
+
+// Each task computes whole fp32 rows into this thread's scratch and quantizes them there.
+void run_gemm_per_token(const Kernels& isa, const GemmTask& t, const Codes& codes, const RowBlocks& rows, int threads) {
+    const vqvit_gemm& g = t.gemm;
+    const int64_t panels = ceil_div(g.n, kPanel);
+    const auto task = [&](PreparedRows& prepared, int64_t i) {
+        const int64_t first = rows.first(i), last = rows.last(i);
+        prepared.load(isa, t, i, first, last);
+        GemmTask block = t;
+        float* waiting = static_cast<float*>(scratch(Slot::kTile, (last - first) * g.n * int64_t{sizeof(float)}));
+        block.out = waiting - first * g.n;  // row `first` lands at the start
+        for (int64_t p = 0; p < panels; ++p) isa.gemm_panel(block, first, last, p, prepared.a, nullptr);
+        const QuantizeRows quantize = {waiting - first * g.n, VQVIT_F32, g.n, nullptr, codes};
+        isa.quantize_rows(quantize, first, last);
+    };
+    parallel_for<PreparedRows>(rows.blocks, macs(g), threads, task);
+}
+
+// Panels of (n, k) weights: b itself if packed, else packed now into `slot`.
+const int8_t* panels_of(const int8_t* b, bool packed, const vqvit_gemm& g, Slot slot, int threads) {
+    if (packed || b == nullptr) return b;
+    int8_t* panels = static_cast<int8_t*>(scratch(slot, ceil_div(g.n, kPanel) * panel_bytes(g.k)));
+    vqvit_cpu_pack_weight(b, g.n, g.k, panels, threads);
+    return panels;
+}
+
+GemmTask gemm_task(const vqvit_gemm& g, Store store, void* out, int dtype, int threads) {
+    GemmTask t = {};
+    t.gemm = g;
+    t.panels = panels_of(g.b, g.b_packed != 0, g, Slot::kPanels, threads);
+    t.store = store;
+    t.out = out;
+    t.dtype = dtype;
+    t.out_stride = g.n;
+    return t;
+}
+
+bool known_dtype(int dtype) { return dtype >= VQVIT_F32 && dtype <= VQVIT_BF16; }
+bool known_activation(int activation) { return activation >= VQVIT_NONE && activation <= VQVIT_RELU; }
+
+}  // namespace
+}  // namespace vqvit
+
+using namespace vqvit;
+
+extern "C" {
+
+int vqvit_cpu_pack_weight(const int8_t* b, int64_t n, int64_t k, int8_t* packed, int threads) {
+    const Kernels& isa = kernels();
+    parallel_for<Stateless>(ceil_div(n, kPanel), n * k, threads, [&](Stateless&, int64_t p) {
+        const int64_t columns = std::min<int64_t>(kPanel, n - p * kPanel);
+        isa.pack_panel(b + p * kPanel * k, k, columns, k, packed + p * panel_bytes(k));
+    });
+    return VQVIT_OK;
+}
+
+int vqvit_cpu_unpack_weight(const int8_t* packed, int64_t n, int64_t k, int8_t* b, int threads) {
+    parallel_for<Stateless>(n, n * k, threads, [&](Stateless&, int64_t row) {
+        const int8_t* source = packed + row / kPanel * panel_bytes(k) + row % kPanel * kKGroup;
+        for (int64_t i = 0; i < k; ++i) b[row * k + i] = source[i / kKGroup * kGroupBytes + i % kKGroup];
+    });
+    return VQVIT_OK;
+}
+
+int vqvit_cpu_int8_mm(const vqvit_gemm* gemm, int32_t* acc, int threads) {
+    run_gemm(kernels(), gemm_task(*gemm, Store::kInt32, acc, VQVIT_F32, threads), threads);
+    return VQVIT_OK;
+}
+
+int vqvit_cpu_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, int threads) {
+    if (!known_dtype(dtype) || !known_dtype(gemm->residual_dtype)) return VQVIT_UNKNOWN_DTYPE;
+    if (!known_activation(gemm->activation)) return VQVIT_UNKNOWN_ACTIVATION;
+    run_gemm(kernels(), gemm_task(*gemm, Store::kFloat, y, dtype, threads), threads);
+    return VQVIT_OK;
+}
+
+int vqvit_cpu_int8_linear_quantize(
+    const vqvit_gemm* gemm, const float* out_scale, int symmetric, int8_t* codes, float* scale, int32_t* zero_point,
+    int32_t* row_sum, int threads) {
+    const vqvit_gemm& g = *gemm;
+    if (!known_activation(g.activation)) return VQVIT_UNKNOWN_ACTIVATION;
+    if (g.m == 0) return VQVIT_OK;
+    const Kernels& isa = kernels();
+    if (out_scale != nullptr) {
+        GemmTask t = gemm_task(g, Store::kStaticCodes, codes, VQVIT_F32, threads);
+        t.static_scale = out_scale;
+        t.scale = scale;
+        t.row_sum = row_sum;
+        std::fill_n(scale, g.m, *out_scale);
+        if (row_sum != nullptr) std::fill_n(row_sum, g.m, 0);
+        run_gemm(isa, t, threads);
+        return VQVIT_OK;
+    }
+    const Codes out = {codes, scale, zero_point, row_sum, nullptr, 0.0f, symmetric != 0};
+    GemmTask t = gemm_task(g, Store::kFloat, nullptr, VQVIT_F32, threads);
+    const RowBlocks rows(g.m, isa.tile_rows, threads, g.n * int64_t{sizeof(float)}, kWaitingRowBytes);
+    if (rows.tiles >= 4 * int64_t{threads}) {  // else whole rows would leave threads idle
+        run_gemm_per_token(isa, t, out, rows, threads);
+        return VQVIT_OK;
+    }
+    t.out = scratch(Slot::kTile, g.m * g.n * int64_t{sizeof(float)});
+    run_gemm(isa, t, threads);
+    const QuantizeRows quantize = {t.out, VQVIT_F32, g.n, nullptr, out};
+    parallel_rows(g.m, g.n, threads, [&](int64_t first, int64_t last) { isa.quantize_rows(quantize, first, last); });
+    return VQVIT_OK;
+}
+
+int vqvit_cpu_int8_linear_compensated(
+    const vqvit_gemm* gemm, const int8_t* a_residual, const int8_t* b_residual, int terms, float first_order,
+    float second_order, void* y, int dtype, int threads) {
+    if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
+    if (terms < 0 || terms > 7) return VQVIT_UNKNOWN_MODE;
+    GemmTask t = gemm_task(*gemm, Store::kFloat, y, dtype, threads);
+    t.terms = terms;
+    t.first_order = first_order;
+    t.second_order = second_order;
+    if ((terms & (1 | 4)) != 0) t.a_residual = a_residual;
+    if ((terms & (2 | 4)) != 0) t.residual_panels = panels_of(b_residual, false, *gemm, Slot::kResidualPanels, threads);
+    run_gemm(kernels(), t, threads);
+    return VQVIT_OK;
+}
+
+}  // extern "C"

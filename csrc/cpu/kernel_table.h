@@ -1,0 +1,31 @@
+// The table of an instruction set from its vector type V and its dot-product tiles.
+#pragma once
+
+#include "attention_head.h"
+#include "gemm_panel.h"
+#include "row_ops.h"
+
+namespace vqvit {
+namespace {
+
+template <class V, class Dot>
+constexpr Kernels kernel_table(const char* name, bool (*supported)()) {
+    return {
+        name,
+        supported,
+        Dot::kRows,
+        Dot::kGroupBytes,
+        quantize_rows<V>,
+        quantize_residual<V>,
+        layernorm_rows<V>,
+        patchify_rows<V>,
+        Dot::pack_panel,
+        prepare_a<Dot>,
+        gemm_panel<V, Dot>,
+        quantize_qkv_head<V>,
+        attention_head<V, Dot>,
+    };
+}
+
+}  // namespace
+}  // namespace vqvit

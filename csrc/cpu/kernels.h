@@ -1,0 +1,141 @@
+// What the drivers (isa-neutral: blocking, threads, C ABI) ask of an instruction set: one table of functions, each
+// doing one task of an op on the calling thread. kernels_<isa>.cpp fill the tables from the same templates.
+#pragma once
+
+#include <cstdint>
+
+#include "vqvit.h"
+
+namespace vqvit {
+
+constexpr int kPanel = 64;   // output channels of a packed panel
+constexpr int kKGroup = 4;   // input channels that one VNNI lane multiplies and sums
+constexpr int64_t kGroupBytes = int64_t{kPanel} * kKGroup;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Bytes of a panel for k input channels: its groups and the group of column sums.
+inline int64_t panel_bytes(int64_t k) { return (ceil_div(k, kKGroup) + 1) * kGroupBytes; }
+
+// How rows of codes come out of a quantizer.
+struct Codes {
+    int8_t* codes;              // (rows, k)
+    float* scale;               // (rows)
+    int32_t* zero_point;        // (rows), if asymmetric
+    int32_t* row_sum;           // (rows) or NULL
+    const float* static_scale;  // (1), or NULL: per token
+    float delta;
+    bool symmetric;
+};
+
+struct QuantizeRows {
+    const void* x;  // (rows, k) of dtype
+    int dtype;
+    int64_t k;
+    const float* equalizer;  // (k) or NULL
+    Codes out;
+};
+
+struct QuantizeResidual {
+    const void* x;
+    int dtype;
+    int64_t k;
+    const int8_t* codes;
+    const float* scale;
+    int8_t* residual_codes;
+};
+
+struct LayerNormRows {
+    const void* x;  // (rows, k) of dtype
+    int dtype;
+    const void* residual;  // (rows, k) of residual_dtype or NULL
+    int residual_dtype;
+    const float* layer_scale;  // (k) or NULL
+    const float* weight;       // (k)
+    const float* bias;         // (k)
+    int64_t k;
+    float eps;
+    bool paper;
+    Codes out;
+    void* stream;  // (rows, k) of residual_dtype, if there is a residual
+};
+
+struct Patchify {
+    const void* pixels;  // (batch, channels, height, width) of dtype
+    int dtype;
+    int64_t channels, height, width, patch_height, patch_width;
+    const float* equalizer;
+    Codes out;
+};
+
+enum class Store { kInt32, kFloat, kStaticCodes };
+
+// A GEMM whose weights are packed panels, and where its tiles go.
+struct GemmTask {
+    vqvit_gemm gemm;
+    const int8_t* panels;     // of b
+    const int8_t* a_residual;  // compensated only: second operands, or NULL
+    const int8_t* residual_panels;
+    int terms;  // bit set of vqvit_cpu_int8_linear_compensated; 0: a plain GEMM
+    float first_order, second_order;
+    Store store;
+    void* out;  // (m, n) int32, dtype or int8
+    int dtype;
+    int64_t out_stride;
+    const float* static_scale;  // kStaticCodes
+    float* scale;               // kStaticCodes: holds *static_scale before the tiles run; poisoned rows become NaN
+    int32_t* row_sum;           // kStaticCodes: zeroed before the tiles run, or NULL
+};
+
+struct QkvTask {
+    const void* qkv;  // (batch, tokens, 3 · heads · head_dim) of dtype
+    int dtype;
+    int64_t tokens, heads, head_dim;
+    int8_t *q, *k, *v;
+    float *q_scale, *k_scale, *v_scale;
+};
+
+struct AttentionTask {
+    const int8_t *q, *k, *v;
+    const float *q_scale, *k_scale, *v_scale;
+    float logit_scale;
+    int64_t heads, queries, keys, head_dim;
+    void* out;  // (batch, queries, heads · head_dim) of dtype
+    int dtype;
+};
+
+struct Kernels {
+    const char* name;
+    bool (*supported)();
+    int64_t tile_rows;      // rows that a GEMM tile computes at once
+    int64_t a_group_bytes;  // bytes of four input channels of one row, prepared for the tile
+
+    void (*quantize_rows)(const QuantizeRows&, int64_t first, int64_t last);
+    void (*quantize_residual)(const QuantizeResidual&, int64_t first, int64_t last);
+    void (*layernorm_rows)(const LayerNormRows&, int64_t first, int64_t last);
+    void (*patchify_rows)(const Patchify&, int64_t first, int64_t last);
+
+    void (*pack_panel)(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel);
+    // Rows [first, last) of a, (·, k) with a_stride, as the tile reads them.
+    void (*prepare_a)(const int8_t* a, int64_t a_stride, int64_t k, int64_t first, int64_t last, void* prepared);
+    // Rows [first, last) of one panel; `prepared` (and `prepared_residual`) hold exactly these rows.
+    void (*gemm_panel)(
+        const GemmTask&, int64_t first, int64_t last, int64_t panel, const void* prepared,
+        const void* prepared_residual);
+
+    void (*quantize_qkv_head)(const QkvTask&, int64_t batch, int64_t head);
+    // Queries [first, last) of one head.
+    void (*attention_head)(const AttentionTask&, int64_t batch, int64_t head, int64_t first, int64_t last);
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512VnniKernels;
+#endif
+
+// The table that is in use now.
+const Kernels& kernels();
+
+}  // namespace vqvit

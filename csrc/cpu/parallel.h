@@ -1,0 +1,47 @@
+// One loop over tasks on at most `threads` OpenMP threads, handed out one by one (a slow core takes fewer).
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace vqvit {
+
+// Below this many MACs (row-wise operations count as kRowOperations MACs an element) one core needs about 2 µs, and
+// waking another costs more than it gives.
+constexpr int64_t kSerialWork = int64_t{1} << 19;
+constexpr int64_t kRowOperations = 32;
+
+// task(state, i) for i in [0, tasks); every thread has one State of its own.
+template <class State, class Task>
+void parallel_for(int64_t tasks, int64_t work, int threads, const Task& task) {
+    const int64_t wanted = work < kSerialWork ? 1 : std::min<int64_t>(threads, tasks);
+    if (wanted <= 1) {
+        State state;
+        for (int64_t i = 0; i < tasks; ++i) task(state, i);
+        return;
+    }
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(static_cast<int>(wanted))
+    {
+        State state;
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(state, i);
+    }
+}
+
+struct Stateless {};
+
+// Block i of `blocks` even parts of [0, total).
+inline int64_t block_start(int64_t i, int64_t blocks, int64_t total) { return i * total / blocks; }
+
+// task(first, last) over rows of `row_elements` elements, a few blocks a thread.
+template <class Task>
+void parallel_rows(int64_t rows, int64_t row_elements, int threads, const Task& task) {
+    constexpr int64_t kBlocksPerThread = 8;
+    const int64_t blocks = std::min<int64_t>(rows, int64_t{threads} * kBlocksPerThread);
+    parallel_for<Stateless>(blocks, rows * row_elements * kRowOperations, threads, [&](Stateless&, int64_t i) {
+        task(block_start(i, blocks, rows), block_start(i + 1, blocks, rows));
+    });
+}
+
+}  // namespace vqvit

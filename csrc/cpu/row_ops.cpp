@@ -1,0 +1,75 @@
+// quantize, quantize_residual, layernorm_quantize, patchify_quantize, quantize_qkv: rows shared out to threads.
+// The formulas are in rows.h and row_ops.h.
+#include "kernels.h"
+#include "parallel.h"
+
+using namespace vqvit;
+
+namespace {
+bool known_dtype(int dtype) { return dtype >= VQVIT_F32 && dtype <= VQVIT_BF16; }
+}  // namespace
+
+extern "C" {
+
+int vqvit_cpu_quantize(
+    const void* x, int dtype, int64_t rows, int64_t k, const float* equalizer, const float* static_scale, float delta,
+    int symmetric, int8_t* codes, float* scale, int32_t* zero_point, int32_t* row_sum, int threads) {
+    if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
+    const Kernels& isa = kernels();
+    const Codes out = {codes, scale, zero_point, row_sum, static_scale, delta, symmetric != 0};
+    const QuantizeRows task = {x, dtype, k, equalizer, out};
+    parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.quantize_rows(task, first, last); });
+    return VQVIT_OK;
+}
+
+int vqvit_cpu_quantize_residual(
+    const void* x, int dtype, const int8_t* codes, const float* scale, int64_t rows, int64_t k, int8_t* residual_codes,
+    int threads) {
+    if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
+    const Kernels& isa = kernels();
+    const QuantizeResidual task = {x, dtype, k, codes, scale, residual_codes};
+    parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.quantize_residual(task, first, last); });
+    return VQVIT_OK;
+}
+
+int vqvit_cpu_layernorm_quantize(
+    const void* x, int dtype, const void* residual, int residual_dtype, const float* layer_scale, const float* weight,
+    const float* bias, int64_t rows, int64_t k, float eps, int paper, float delta, const float* static_scale,
+    int8_t* codes, float* scale, int32_t* row_sum, void* stream, int threads) {
+    if (!known_dtype(dtype) || !known_dtype(residual_dtype)) return VQVIT_UNKNOWN_DTYPE;
+    const Kernels& isa = kernels();
+    const Codes out = {codes, scale, nullptr, row_sum, static_scale, delta, true};
+    const LayerNormRows task = {
+        x, dtype, residual, residual_dtype, layer_scale, weight, bias, k, eps, paper != 0, out, stream,
+    };
+    parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.layernorm_rows(task, first, last); });
+    return VQVIT_OK;
+}
+
+int vqvit_cpu_patchify_quantize(
+    const void* pixels, int dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
+    int64_t patch_height, int64_t patch_width, const float* equalizer, int8_t* codes, float* scale, int threads) {
+    if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
+    const Kernels& isa = kernels();
+    const Codes out = {codes, scale, nullptr, nullptr, nullptr, 0.0f, true};
+    const Patchify task = {pixels, dtype, channels, height, width, patch_height, patch_width, equalizer, out};
+    const int64_t rows = batch * (height / patch_height) * (width / patch_width);
+    const int64_t k = channels * patch_height * patch_width;
+    parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.patchify_rows(task, first, last); });
+    return VQVIT_OK;
+}
+
+int vqvit_cpu_quantize_qkv(
+    const void* qkv, int dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int8_t* q, int8_t* k,
+    int8_t* v, float* q_scale, float* k_scale, float* v_scale, int threads) {
+    if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
+    const Kernels& isa = kernels();
+    const QkvTask task = {qkv, dtype, tokens, heads, head_dim, q, k, v, q_scale, k_scale, v_scale};
+    const int64_t work = batch * heads * tokens * head_dim * 3 * kRowOperations;
+    parallel_for<Stateless>(batch * heads, work, threads, [&](Stateless&, int64_t i) {
+        isa.quantize_qkv_head(task, i / heads, i % heads);
+    });
+    return VQVIT_OK;
+}
+
+}  // extern "C"

@@ -1,0 +1,159 @@
+// The functions of vqvit/numerics.py on vectors: polynomials, activations, grids and codes, in the same fp32 operations.
+#pragma once
+
+#include <cstdint>
+
+#include "vqvit.h"
+
+namespace vqvit {
+namespace {
+
+constexpr float kScaleMin = 1e-8f;         // smallest scale
+constexpr float kQMax = 127.0f;            // largest code
+constexpr float kAsymSteps = 254.0f;       // steps between the codes -127 and 127
+constexpr float kResidualSteps = 254.0f;   // residual codes count in units of scale / 254
+constexpr int kMeanGridBits = 21;          // row statistics count in units of 2^(e - 21)
+constexpr int kGridExponentMin = -100;
+constexpr float kPSteps = 255.0f;          // softmax numerators are u8 codes
+constexpr float kExp2Min = -126.0f;
+constexpr float kLog2E = static_cast<float>(1.4426950408889634);
+constexpr float kQuickGeluSlope = static_cast<float>(1.702);
+constexpr float kGeluClamp = 5.0f;
+constexpr int32_t kAbsMask = 0x7fffffff;
+constexpr int32_t kInfinityBits = 0x7f800000;  // |x| as bits is at least this exactly for Inf and NaN
+
+constexpr float kExp2[] = {
+    1.0f, 0.6931469440460205f, 0.24022120237350464f, 0.05550713092088699f, 0.009675540961325169f,
+    0.0013276472454890609f,
+};
+constexpr float kGelu[] = {
+    0.1413637399673462f,   -0.07029832154512405f, 0.05152559652924538f,   -0.040390048176050186f,
+    0.03135392814874649f,  -0.02363554760813713f, 0.016922563314437866f,  -0.01014415081590414f,
+    0.005092190112918615f, -0.0039024988655000925f, 0.00320636760443449f, -0.0010938886553049088f,
+};
+constexpr float kGeluTanh[] = {
+    0.1413784772157669f,   -0.07036792486906052f,  0.05166219174861908f,   -0.04048681631684303f,
+    0.03125816211104393f,  -0.023401586338877678f, 0.016574202105402946f,  -0.009392821229994297f,
+    0.004408976528793573f, -0.004321713466197252f, 0.0041819242760539055f, -0.0014931512996554375f,
+};
+
+// Σ c_i x^i by Horner's rule, one fma a step.
+template <class V, int N>
+inline typename V::F polynomial(typename V::F x, const float (&c)[N]) {
+    typename V::F value = V::set(c[N - 1]);
+    for (int i = N - 2; i >= 0; --i) value = V::fma(value, x, V::set(c[i]));
+    return value;
+}
+
+// 2^x for x <= 126; below -126 counts as -126; NaN stays NaN.
+template <class V>
+inline typename V::F exp2(typename V::F x) {
+    x = V::max(V::set(kExp2Min), x);
+    const typename V::I n = V::to_int(x);
+    const typename V::F power = V::from_bits(V::shift_left_23(V::add_i(n, V::set_i(127))));
+    return V::mul(polynomial<V>(V::sub(x, V::to_float(n)), kExp2), power);
+}
+
+// 1 / (1 + 2^(-x log2 e)).
+template <class V>
+inline typename V::F sigmoid(typename V::F x) {
+    const typename V::F exponent = V::min(V::set(-kExp2Min), V::mul(x, V::set(-kLog2E)));
+    return V::div(V::set(1.0f), V::add(V::set(1.0f), exp2<V>(exponent)));
+}
+
+// x · Φ(x): Φ(x) - 1/2 = x · P(2x²/25 - 1) on [-5, 5].
+template <class V>
+inline typename V::F gelu(typename V::F x, const float (&coefficients)[12]) {
+    const typename V::F clamped = V::min(V::set(kGeluClamp), V::max(V::set(-kGeluClamp), x));
+    const typename V::F u = V::fma(
+        V::mul(clamped, clamped), V::set(static_cast<float>(2.0 / (kGeluClamp * kGeluClamp))), V::set(-1.0f));
+    return V::mul(x, V::fma(clamped, polynomial<V>(u, coefficients), V::set(0.5f)));
+}
+
+// Activation of y[0..n) in place; `kind` is an enum vqvit_activation.
+template <class V, int N>
+inline void activate(typename V::F (&y)[N], int kind) {
+    switch (kind) {
+        case VQVIT_GELU:
+            for (auto& v : y) v = gelu<V>(v, kGelu);
+            break;
+        case VQVIT_GELU_TANH:
+            for (auto& v : y) v = gelu<V>(v, kGeluTanh);
+            break;
+        case VQVIT_QUICK_GELU:
+            for (auto& v : y) v = V::mul(v, sigmoid<V>(V::mul(v, V::set(kQuickGeluSlope))));
+            break;
+        case VQVIT_SILU:
+            for (auto& v : y) v = V::mul(v, sigmoid<V>(v));
+            break;
+        case VQVIT_RELU:  // max returns its second operand for NaN and for zeros: both stay as they are
+            for (auto& v : y) v = V::max(V::set(0.0f), v);
+            break;
+        default:
+            break;
+    }
+}
+
+// |x| as integers: their order is that of the magnitudes, with NaN above Inf above all finite numbers.
+template <class V>
+inline typename V::I magnitude_bits(typename V::F x) {
+    return V::and_i(V::bits(x), V::set_i(kAbsMask));
+}
+
+// clamp(rne(x / scale), -127, 127), with INT32_MIN (low byte 0: the code of NaN) where the quotient is NaN.
+template <class V>
+inline typename V::I to_codes(typename V::F x, typename V::F scale) {
+    const typename V::F quotient = V::div(x, scale);
+    return V::to_int(V::min(V::set(kQMax), V::max(V::set(-kQMax), quotient)));
+}
+
+inline float from_bits(int32_t bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Smallest integer e >= -100 with |x| < 2^e, from the bits of |x|.
+inline int grid_exponent(int32_t absmax_bits) {
+    const int exponent = (absmax_bits >> 23) - 126;
+    return exponent < kGridExponentMin ? kGridExponentMin : exponent;
+}
+
+inline float pow2(int exponent) { return from_bits((exponent + 127) << 23); }
+
+// max(1e-8, span / 127); NaN stays NaN.
+inline float symmetric_scale(float span) {
+    const float scale = span / kQMax;
+    return scale < kScaleMin ? kScaleMin : scale;
+}
+
+template <class V>
+inline typename V::F load_as_float(const void* p, int dtype, int64_t index) {
+    switch (dtype) {
+        case VQVIT_F16:
+            return V::load_f16(static_cast<const uint16_t*>(p) + index);
+        case VQVIT_BF16:
+            return V::load_bf16(static_cast<const uint16_t*>(p) + index);
+        default:
+            return V::load(static_cast<const float*>(p) + index);
+    }
+}
+
+template <class V>
+inline void store_float_as(void* p, int dtype, int64_t index, typename V::F v) {
+    switch (dtype) {
+        case VQVIT_F16:
+            V::store_f16(static_cast<uint16_t*>(p) + index, v);
+            break;
+        case VQVIT_BF16:
+            V::store_bf16(static_cast<uint16_t*>(p) + index, v);
+            break;
+        default:
+            V::store(static_cast<float*>(p) + index, v);
+    }
+}
+
+inline int64_t dtype_size(int dtype) { return dtype == VQVIT_F32 ? 4 : 2; }
+
+}  // namespace
+}  // namespace vqvit

@@ -1,0 +1,264 @@
+"""The `cpu` backend: each op of `vqvit.reference` on the C++ kernels of csrc/cpu, bit for bit the same results.
+
+Kernels read contiguous rows; other layouts are copied first. Small per-channel operands are converted to fp32 here,
+activations and residuals are read in their own dtype. The number of threads is torch's.
+"""
+
+import torch
+from torch import Tensor
+
+from vqvit import native
+from vqvit import numerics as nm
+from vqvit.reference import COMPENSATION_TERMS, K_GROUP, PANEL
+
+_ACTIVATION = {name: i for i, name in enumerate(nm.ACTIVATIONS)}
+_TERM_BITS = {mode: sum(bit << i for i, bit in enumerate(terms)) for mode, terms in COMPENSATION_TERMS.items()}
+
+
+def unavailable() -> str | None:
+    """Why the native library cannot be used, or None if it can."""
+    return native.cpu_unavailable()
+
+
+def device_types() -> tuple[str, ...]:
+    return ("cpu",)
+
+
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets that this machine runs, best last, out of scalar, avx2 and avx512_vnni."""
+    return native.cpu_isa_available()
+
+
+def isa() -> str:
+    """Instruction set in use."""
+    return native.cpu_isa()
+
+
+def set_isa(name: str | None) -> None:
+    """Force an instruction set for the whole process; None returns to the best available one."""
+    encoded = None if name is None else name.encode()
+    if native.cpu().vqvit_cpu_set_isa(encoded) != 0:
+        raise ValueError(f"set_isa: expected {', '.join(available_isas())} or None; got {name!r}")
+
+
+def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=False):
+    return _quantize(x, None, delta, equalizer, symmetric, row_sum)
+
+
+def quantize_static(x, scale, equalizer=None, row_sum=False):
+    codes, row_scale, _, sums = _quantize(x, scale, 0.0, equalizer, True, row_sum)
+    return codes, row_scale, sums
+
+
+def layernorm_quantize(x, weight, bias, eps, delta=0.0, scale=None, row_sum=False, paper=False):
+    return _layernorm_quantize(x, None, weight, bias, eps, None, delta, scale, row_sum, paper)[:3]
+
+
+def add_layernorm_quantize(
+    x, residual, weight, bias, eps, layer_scale=None, delta=0.0, scale=None, row_sum=False, paper=False
+):
+    return _layernorm_quantize(x, residual, weight, bias, eps, layer_scale, delta, scale, row_sum, paper)
+
+
+def patchify_quantize(pixels, patch_height, patch_width, equalizer=None):
+    pixels, equalizer = pixels.contiguous(), _contiguous(equalizer)
+    batch, channels, height, width = pixels.shape
+    rows = batch * (height // patch_height) * (width // patch_width)
+    codes = pixels.new_empty((rows, channels * patch_height * patch_width), dtype=torch.int8)
+    scale = pixels.new_empty(rows, dtype=torch.float32)
+    _run(
+        native.cpu().vqvit_cpu_patchify_quantize,
+        pixels.data_ptr(), native.DTYPES[pixels.dtype], batch, channels, height, width, patch_height, patch_width,
+        _pointer(equalizer), codes.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return codes, scale
+
+
+def int8_mm(a, b):
+    m, k = a.shape
+    acc = a.new_empty((m, b.shape[0]), dtype=torch.int32)
+    a, b = _rows(a), b.contiguous()
+    gemm = native.Gemm(a=a.data_ptr(), b=b.data_ptr(), m=m, n=b.shape[0], k=k, a_stride=a.stride(0))
+    _run(native.cpu().vqvit_cpu_int8_mm, gemm, acc.data_ptr(), torch.get_num_threads())
+    return acc
+
+
+def int8_linear(
+    a, a_scale, b, b_scale, bias=None, activation="none", layer_scale=None, residual=None,
+    a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_dtype=torch.float32,
+):  # fmt: skip
+    gemm, operands = _gemm(
+        a, a_scale, b, b_scale, bias, activation, layer_scale, residual, a_zero, a_sum, b_zero, b_sum
+    )
+    out = a.new_empty((gemm.m, gemm.n), dtype=out_dtype)
+    threads = torch.get_num_threads()
+    _run(native.cpu().vqvit_cpu_int8_linear, gemm, out.data_ptr(), native.DTYPES[out_dtype], threads)
+    del operands
+    return out
+
+
+def int8_linear_quantize(
+    a, a_scale, b, b_scale, bias=None, activation="none",
+    a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, symmetric=True, row_sum=False,
+):  # fmt: skip
+    gemm, operands = _gemm(a, a_scale, b, b_scale, bias, activation, None, None, a_zero, a_sum, b_zero, b_sum)
+    m = gemm.m
+    codes = a.new_empty((m, gemm.n), dtype=torch.int8)
+    scale = a_scale.new_empty(m)
+    zero_point, sums = _int32(a, (m,), not symmetric), _int32(a, (m,), row_sum)
+    _run(
+        native.cpu().vqvit_cpu_int8_linear_quantize,
+        gemm, _pointer(out_scale), symmetric, codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
+        sums.data_ptr() if row_sum else None, torch.get_num_threads(),
+    )  # fmt: skip
+    del operands
+    return codes, scale, zero_point, sums
+
+
+def quantize_residual(x, codes, scale):
+    x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
+    out = torch.empty_like(codes)
+    rows, k = scale.numel(), x.shape[-1]
+    _run(
+        native.cpu().vqvit_cpu_quantize_residual,
+        x.data_ptr(), native.DTYPES[x.dtype], codes.data_ptr(), scale.data_ptr(), rows, k, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def int8_linear_compensated(
+    a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, out_dtype=torch.float32
+):
+    a = a.contiguous()
+    gemm, operands = _gemm(a, a_scale, b, b_scale, bias, "none", None, None, None, None, None, None)
+    a_residual, b_residual = _contiguous(a_residual), _contiguous(b_residual)
+    out = a.new_empty((gemm.m, gemm.n), dtype=out_dtype)
+    _run(
+        native.cpu().vqvit_cpu_int8_linear_compensated,
+        gemm, _pointer(a_residual), _pointer(b_residual), _TERM_BITS[mode], 1 / nm.RESIDUAL_STEPS,
+        mu / nm.RESIDUAL_STEPS**2, out.data_ptr(), native.DTYPES[out_dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    del operands
+    return out
+
+
+def quantize_qkv(qkv, num_heads):
+    qkv = qkv.contiguous()
+    batch, tokens, width = qkv.shape
+    head_dim = width // (3 * num_heads)
+    codes = [qkv.new_empty((batch, num_heads, tokens, head_dim), dtype=torch.int8) for _ in range(3)]
+    scales = [
+        qkv.new_empty((batch, num_heads, size), dtype=torch.float32) for size in (tokens, tokens, head_dim)
+    ]
+    _run(
+        native.cpu().vqvit_cpu_quantize_qkv,
+        qkv.data_ptr(), native.DTYPES[qkv.dtype], batch, tokens, num_heads, head_dim,
+        *(t.data_ptr() for t in codes), *(t.data_ptr() for t in scales), torch.get_num_threads(),
+    )  # fmt: skip
+    return *codes, *scales
+
+
+def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch.float32):
+    batch, heads, queries, width = q.shape
+    operands = [t.contiguous() for t in (q, k, v, q_scale, k_scale, v_scale)]
+    out = q.new_empty((batch, queries, heads * width), dtype=out_dtype)
+    _run(
+        native.cpu().vqvit_cpu_int8_attention,
+        *(t.data_ptr() for t in operands), sm_scale * nm.LOG2_E, batch, heads, queries, k.shape[2], width,
+        out.data_ptr(), native.DTYPES[out_dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def pack_weight(b):
+    n, k = b.shape
+    b = b.contiguous()
+    packed = b.new_empty((-(-n // PANEL), -(-k // K_GROUP) + 1, PANEL, K_GROUP))
+    _run(native.cpu().vqvit_cpu_pack_weight, b.data_ptr(), n, k, packed.data_ptr(), torch.get_num_threads())
+    return packed
+
+
+def unpack_weight(packed, n, k):
+    packed = packed.contiguous()
+    b = packed.new_empty((n, k))
+    _run(native.cpu().vqvit_cpu_unpack_weight, packed.data_ptr(), n, k, b.data_ptr(), torch.get_num_threads())
+    return b
+
+
+def _quantize(x, static_scale, delta, equalizer, symmetric, row_sum):
+    x, equalizer = x.contiguous(), _contiguous(equalizer)
+    rows, k = x.shape[:-1], x.shape[-1]
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty(rows, dtype=torch.float32)
+    zero_point, sums = _int32(x, rows, not symmetric), _int32(x, rows, row_sum)
+    _run(
+        native.cpu().vqvit_cpu_quantize,
+        x.data_ptr(), native.DTYPES[x.dtype], scale.numel(), k, _pointer(equalizer), _pointer(static_scale), delta,
+        symmetric, codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), sums.data_ptr() if row_sum else None,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return codes, scale, zero_point, sums
+
+
+def _layernorm_quantize(x, residual, weight, bias, eps, layer_scale, delta, static_scale, row_sum, paper):
+    x, weight, bias, layer_scale = x.contiguous(), _fp32(weight), _fp32(bias), _fp32(layer_scale)
+    residual, stream = _contiguous(residual), None
+    if residual is not None:
+        stream = torch.empty_like(residual)
+    rows = x.shape[:-1]
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty(rows, dtype=torch.float32)
+    sums = _int32(x, rows, row_sum)
+    _run(
+        native.cpu().vqvit_cpu_layernorm_quantize,
+        x.data_ptr(), native.DTYPES[x.dtype], _pointer(residual), _dtype_code(residual), _pointer(layer_scale),
+        weight.data_ptr(), bias.data_ptr(), scale.numel(), x.shape[-1], eps, paper, delta, _pointer(static_scale),
+        codes.data_ptr(), scale.data_ptr(), sums.data_ptr() if row_sum else None, _pointer(stream),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return codes, scale, sums, stream
+
+
+def _gemm(a, a_scale, b, b_scale, bias, activation, layer_scale, residual, a_zero, a_sum, b_zero, b_sum):
+    """struct vqvit_gemm, and the tensors its pointers need alive."""
+    m, k = a.shape
+    a = _rows(a)
+    operands = (
+        a, b.contiguous(), a_scale.contiguous(), b_scale.contiguous(), _fp32(bias), _fp32(layer_scale),
+        _contiguous(residual), _contiguous(a_zero), _contiguous(a_sum), _contiguous(b_zero), _contiguous(b_sum),
+    )  # fmt: skip
+    sizes = (m, b_scale.shape[0], k, a.stride(0))
+    codes = (b.dim() == 4, _ACTIVATION[activation], _dtype_code(residual))
+    return native.Gemm(*map(_pointer, operands), *sizes, *codes), operands
+
+
+def _run(function, *args) -> None:
+    status = function(*args)
+    if status != 0:
+        raise RuntimeError(f"{function.__name__}: {native.STATUS.get(status, status)}")
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _dtype_code(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else native.DTYPES[tensor.dtype]
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _fp32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _rows(a: Tensor) -> Tensor:
+    """`a` itself if the elements of a row are adjacent (rows may lie apart), else a contiguous copy."""
+    return a if a.stride(-1) == 1 else a.contiguous()
+
+
+def _int32(like: Tensor, shape, wanted: bool) -> Tensor:
+    return like.new_empty(shape if wanted else 0, dtype=torch.int32)

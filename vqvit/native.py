@@ -1,0 +1,171 @@
+"""Finds, builds if need be, and loads the native libraries (C ABI: csrc/vqvit.h).
+
+The library inside the package (put there by setup.py) is used if it was built from the sources at hand; else csrc/ is
+compiled once into a cache: `$VQVIT_CACHE`, or ~/.cache/vqvit. Nothing happens at import.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import time
+from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from vqvit import _build
+
+logger = logging.getLogger("vqvit")
+
+_PACKAGE = Path(__file__).resolve().parent
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""enum vqvit_dtype."""
+
+STATUS = {
+    1: "unknown dtype",
+    2: "unknown activation",
+    3: "unknown instruction set",
+    4: "unsupported instruction set",
+    5: "unknown mode",
+}
+"""enum vqvit_status, without VQVIT_OK."""
+
+
+class NativeUnavailableError(RuntimeError):
+    """The native library cannot be loaded on this machine; the message says why."""
+
+
+class Gemm(ctypes.Structure):
+    """struct vqvit_gemm."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in (
+            "a", "b", "a_scale", "b_scale", "bias", "layer_scale", "residual", "a_zero", "a_sum", "b_zero", "b_sum",
+        )),
+        *((name, c_int64) for name in ("m", "n", "k", "a_stride")),
+        *((name, c_int32) for name in ("b_packed", "activation", "residual_dtype")),
+    )  # fmt: skip
+
+
+_POINTER, _SIZE, _GEMM = c_void_p, c_int64, ctypes.POINTER(Gemm)
+_MATRIX = (_POINTER, c_int, _SIZE, _SIZE)  # data, dtype, rows, columns
+
+_SIGNATURES = {
+    "set_isa": (c_char_p,),
+    "quantize": (*_MATRIX, _POINTER, _POINTER, c_float, c_int, *[_POINTER] * 4, c_int),
+    "quantize_residual": (_POINTER, c_int, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, c_int),
+    "layernorm_quantize": (
+        _POINTER, c_int, _POINTER, c_int, *[_POINTER] * 3, _SIZE, _SIZE, c_float, c_int, c_float, *[_POINTER] * 5, c_int,
+    ),
+    "patchify_quantize": (_POINTER, c_int, *[_SIZE] * 6, *[_POINTER] * 3, c_int),
+    "pack_weight": (_POINTER, _SIZE, _SIZE, _POINTER, c_int),
+    "unpack_weight": (_POINTER, _SIZE, _SIZE, _POINTER, c_int),
+    "int8_mm": (_GEMM, _POINTER, c_int),
+    "int8_linear": (_GEMM, _POINTER, c_int, c_int),
+    "int8_linear_quantize": (_GEMM, _POINTER, c_int, *[_POINTER] * 4, c_int),
+    "int8_linear_compensated": (_GEMM, _POINTER, _POINTER, c_int, c_float, c_float, _POINTER, c_int, c_int),
+    "quantize_qkv": (_POINTER, c_int, *[_SIZE] * 4, *[_POINTER] * 6, c_int),
+    "int8_attention": (*[_POINTER] * 6, c_float, *[_SIZE] * 5, _POINTER, c_int, c_int),
+}  # fmt: skip
+
+_cpu: ctypes.CDLL | None = None
+_cpu_error: str | None = None
+
+
+def cpu() -> ctypes.CDLL:
+    """The CPU library, loaded on first use. Raises `NativeUnavailableError`."""
+    global _cpu, _cpu_error
+    if _cpu is None:
+        if _cpu_error is None:
+            try:
+                _cpu = _declare(_load_cpu())
+            except (_build.BuildError, OSError) as error:
+                _cpu_error = str(error)
+        if _cpu is None:
+            raise NativeUnavailableError(_cpu_error)
+    return _cpu
+
+
+def cpu_unavailable() -> str | None:
+    """Why the CPU library cannot be used, or None if it can."""
+    try:
+        cpu()
+    except NativeUnavailableError as error:
+        return str(error)
+    return None
+
+
+def csrc_directory() -> Path | None:
+    """The C++ sources: beside the package in a checkout, inside it in an installation."""
+    for folder in (_PACKAGE.parent / "csrc", _PACKAGE / "_csrc"):
+        if (folder / "vqvit.h").is_file():
+            return folder
+    return None
+
+
+def cache_directory() -> Path:
+    """Where libraries built on first use are kept."""
+    chosen = os.environ.get("VQVIT_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "vqvit"
+
+
+def cached_cpu_library(csrc: Path) -> Path:
+    """The library of these sources, flags and compiler in the cache, built if it is not there."""
+    version = _build.compiler_version(_build.compiler())
+    key = hashlib.sha256(f"{_build.source_hash(csrc)} {version}".encode()).hexdigest()[:16]
+    path = cache_directory() / key / _build.CPU_LIBRARY
+    if not path.is_file():
+        logger.info("compiling %s into %s", csrc / "cpu", path)
+        start = time.perf_counter()
+        _build.build_cpu(csrc, path)
+        logger.info("compiled in %.1f s", time.perf_counter() - start)
+    return path
+
+
+def _load_cpu() -> ctypes.CDLL:
+    csrc, packaged = csrc_directory(), _PACKAGE / "_lib" / _build.CPU_LIBRARY
+    if packaged.is_file():
+        library = _open(packaged)
+        if csrc is None or _text(library, "source_hash") == _build.source_hash(csrc):
+            return library
+        logger.info("%s was built from other sources than %s", packaged, csrc)
+    if csrc is None:
+        raise _build.BuildError(f"neither {packaged} nor C++ sources to build it from")
+    return _open(cached_cpu_library(csrc))
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        if "GOMP" not in str(error):
+            raise
+    # torch made no OpenMP runtime visible (it normally does): take its own copy, else the system's.
+    bundled = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    ctypes.CDLL(str(bundled[0]) if bundled else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(path))
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, argument_types in _SIGNATURES.items():
+        function = getattr(library, f"vqvit_cpu_{name}")
+        function.argtypes, function.restype = argument_types, c_int
+    return library
+
+
+def cpu_isa() -> str:
+    """Instruction set that the CPU library uses now."""
+    return _text(cpu(), "isa")
+
+
+def cpu_isa_available() -> tuple[str, ...]:
+    """Instruction sets this machine can run, best last."""
+    return tuple(_text(cpu(), "isa_available").split(","))
+
+
+def _text(library: ctypes.CDLL, name: str) -> str:
+    function = getattr(library, f"vqvit_cpu_{name}")
+    function.argtypes, function.restype = (), c_char_p
+    return function().decode()

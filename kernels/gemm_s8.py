@@ -29,7 +29,7 @@ from vqvit.kernels.quantize import quantize_per_token
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """A tile shape; ctas: thread blocks that fit on one multiprocessor (registers and shared memory, compile gate)."""
+    """A tile shape; ctas: blocks that share a multiprocessor, which caps registers; subtile_n: columns of an epilogue step."""
 
     block_m: int
     block_n: int
@@ -37,27 +37,35 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     ctas: int
+    subtile_n: int = 64
     group_m: int = 8
 
+    @property
+    def max_registers(self) -> int:
+        return min(255, REGISTERS // (self.ctas * self.num_warps * 32) // 8 * 8)
+
+
+REGISTERS = 65536  # of a multiprocessor, on every architecture here
+
+# mma.sync keeps operand fragments in registers beside the accumulators: 128 x 256 spills, with 64 accumulators a thread or
+# fewer it does not. Shared memory (48, 36 and 24 KiB) leaves room on parts with 99 KiB too.
+MMA_SYNC_CONFIGS = (
+    GemmConfig(128, 128, 64, 8, 4, ctas=1),
+    GemmConfig(64, 128, 64, 4, 4, ctas=2),
+    GemmConfig(64, 64, 64, 4, 4, ctas=3),
+)
 
 # Each architecture: the tile of most reuse for large batches first, then the ones that fill the device when M · N shrinks.
 GEMM_CONFIGS = {
     90: (
         GemmConfig(128, 256, 128, 8, 3, ctas=1),  # 170 operations per L2 byte: batch >= 32 of ViT-B and wider
-        GemmConfig(128, 128, 128, 8, 3, ctas=2),  # two blocks overlap epilogue and main loop
+        GemmConfig(128, 128, 128, 8, 3, ctas=2, subtile_n=32),  # two blocks overlap epilogue and main loop
         GemmConfig(64, 128, 128, 4, 3, ctas=3),  # finer last wave
         GemmConfig(64, 64, 128, 4, 4, ctas=3),  # batch 1 (M = 197): most blocks in flight
     ),
-    86: (
-        GemmConfig(128, 128, 64, 8, 3, ctas=2),
-        GemmConfig(64, 64, 64, 4, 4, ctas=3),
-    ),
-    80: (
-        GemmConfig(128, 256, 64, 8, 3, ctas=1),
-        GemmConfig(128, 128, 64, 8, 4, ctas=2),
-        GemmConfig(64, 64, 128, 4, 4, ctas=2),
-    ),
-    INTERPRETER: (GemmConfig(64, 64, 64, 4, 1, ctas=1),),
+    86: MMA_SYNC_CONFIGS,
+    80: MMA_SYNC_CONFIGS,
+    INTERPRETER: (GemmConfig(64, 64, 64, 4, 1, ctas=1, subtile_n=32),),
 }
 
 # Three accumulators share the registers, and four tiles the shared memory, of one.
@@ -118,6 +126,87 @@ def _scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N):
 
 
 @triton.jit
+def _tile_ptrs(ptr, first_m, first_n, stride_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pointers to a tile: one 64-bit corner and 32-bit offsets."""
+    corner = ptr + first_m.to(tl.int64) * stride_m + first_n
+    return corner + (tl.arange(0, BLOCK_M)[:, None] * stride_m + tl.arange(0, BLOCK_N)[None, :])
+
+
+@triton.jit
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right half of a tile's columns: a thread's registers stay its own."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _epilogue(
+    acc, out_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, a_zero_ptr, a_sum_ptr,
+    b_zero_ptr, b_sum_ptr, out_scale_ptr, row_scale_ptr, row_sum_ptr, M, N, K, stride_rm, first_m, first_n,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILE_N: tl.constexpr,
+):  # fmt: skip
+    """Finish and store the accumulators at (first_m, first_n), SUBTILE_N columns at a time to save registers."""
+    if BLOCK_N > SUBTILE_N:
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        _epilogue(
+            left, out_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, a_zero_ptr, a_sum_ptr,
+            b_zero_ptr, b_sum_ptr, out_scale_ptr, row_scale_ptr, row_sum_ptr, M, N, K, stride_rm, first_m, first_n,
+            ACTIVATION, BLOCK_M, BLOCK_N // 2, SUBTILE_N,
+        )  # fmt: skip
+        _epilogue(
+            right, out_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, a_zero_ptr, a_sum_ptr,
+            b_zero_ptr, b_sum_ptr, out_scale_ptr, row_scale_ptr, row_sum_ptr, M, N, K, stride_rm, first_m,
+            first_n + BLOCK_N // 2, ACTIVATION, BLOCK_M, BLOCK_N // 2, SUBTILE_N,
+        )  # fmt: skip
+    else:
+        offs_m = first_m + tl.arange(0, BLOCK_M)
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+        out_ptrs = _tile_ptrs(out_ptr, first_m, first_n, N, BLOCK_M, BLOCK_N)
+        if out_ptr.dtype.element_ty == tl.int32:
+            tl.store(out_ptrs, acc, mask=inside)
+        else:
+            # zero points
+            if a_zero_ptr is not None:
+                a_zero = tl.load(a_zero_ptr + offs_m, mask=offs_m < M, other=0)[:, None]
+                acc -= a_zero * tl.load(b_sum_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
+            if b_zero_ptr is not None:
+                b_zero = tl.load(b_zero_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
+                acc -= tl.load(a_sum_ptr + offs_m, mask=offs_m < M, other=0)[:, None] * b_zero
+                if a_zero_ptr is not None:
+                    acc += K * a_zero * b_zero
+
+            # scales, bias, activation, layer scale, residual
+            y = _scaled(acc.to(tl.float32), a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N)
+            y = nm.activation(y, ACTIVATION)
+            if layer_scale_ptr is not None:
+                layer_scale = nm.to_fp32(tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0))[None, :]
+            if residual_ptr is not None:
+                residual_ptrs = _tile_ptrs(residual_ptr, first_m, first_n, stride_rm, BLOCK_M, BLOCK_N)
+                residual = nm.to_fp32(tl.load(residual_ptrs, mask=inside, other=0.0))
+                if layer_scale_ptr is not None:
+                    y = nm.fma(y, layer_scale, residual)
+                else:
+                    y = residual + y
+            elif layer_scale_ptr is not None:
+                y = y * layer_scale
+
+            # store
+            if out_ptr.dtype.element_ty == tl.int8:
+                if tl.max(nm.magnitude_bits(y)) >= nm.INF_BITS:  # rare, so that the usual tile pays one reduction
+                    _, finite = nm.row_absmax(y)
+                    rows = offs_m[:, None]
+                    tl.store(row_scale_ptr + rows, float("nan"), mask=(rows < M) & (finite == 0))
+                    y = tl.where(y == y, y, 0.0)
+                codes = nm.to_codes_static(y, tl.load(out_scale_ptr))
+                tl.store(out_ptrs, codes, mask=inside)
+                if row_sum_ptr is not None:
+                    sums = tl.sum(tl.where(inside, codes.to(tl.int32), 0), axis=1)
+                    tl.atomic_add(row_sum_ptr + offs_m, sums, mask=offs_m < M, sem="relaxed")
+            else:
+                tl.store(out_ptrs, nm.from_fp32(y, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _int8_gemm_kernel(
     a_ptr,  # (M, K) int8
     b_ptr,  # (N, K) int8
@@ -145,17 +234,20 @@ def _int8_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SUBTILE_N: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     # program ids
     pid_m, pid_n = _tile_ids(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    first_m = pid_m * BLOCK_M
+    first_n = pid_n * BLOCK_N
 
-    # offsets; rows beyond M and N wrap around, so that the main loop needs no masks for them
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # offsets; rows beyond M and N repeat the last one, so that the main loop needs no masks for them
     offs_k = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + (offs_m % M)[:, None].to(tl.int64) * stride_am + offs_k[None, :]
-    b_ptrs = b_ptr + (offs_n % N)[None, :].to(tl.int64) * stride_bn + offs_k[:, None]
+    rows_a = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
+    rows_b = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
+    a_ptrs = a_ptr + first_m.to(tl.int64) * stride_am + (rows_a[:, None] * stride_am + offs_k[None, :])
+    b_ptrs = b_ptr + first_n.to(tl.int64) * stride_bn + (rows_b[None, :] * stride_bn + offs_k[:, None])
 
     # main loop
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
@@ -166,49 +258,12 @@ def _int8_gemm_kernel(
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
 
-    # epilogue
-    inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    out_ptrs = out_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
-    if out_ptr.dtype.element_ty == tl.int32:
-        tl.store(out_ptrs, acc, mask=inside)
-        return
-
-    if a_zero_ptr is not None:
-        a_zero = tl.load(a_zero_ptr + offs_m, mask=offs_m < M, other=0)[:, None]
-        acc -= a_zero * tl.load(b_sum_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
-    if b_zero_ptr is not None:
-        b_zero = tl.load(b_zero_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
-        acc -= tl.load(a_sum_ptr + offs_m, mask=offs_m < M, other=0)[:, None] * b_zero
-        if a_zero_ptr is not None:
-            acc += K * a_zero * b_zero
-
-    y = _scaled(acc.to(tl.float32), a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N)
-    y = nm.activation(y, ACTIVATION)
-    if layer_scale_ptr is not None:
-        layer_scale = nm.to_fp32(tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0))[None, :]
-    if residual_ptr is not None:
-        residual_ptrs = residual_ptr + offs_m[:, None].to(tl.int64) * stride_rm + offs_n[None, :]
-        residual = nm.to_fp32(tl.load(residual_ptrs, mask=inside, other=0.0))
-        if layer_scale_ptr is not None:
-            y = nm.fma(y, layer_scale, residual)
-        else:
-            y = residual + y
-    elif layer_scale_ptr is not None:
-        y = y * layer_scale
-
-    # store
-    if out_ptr.dtype.element_ty == tl.int8:
-        codes = nm.to_codes(y, tl.load(out_scale_ptr), False)
-        tl.store(out_ptrs, codes, mask=inside)
-        y = tl.where(inside, y, 0.0)
-        _, finite = nm.row_absmax(y)
-        rows = offs_m[:, None]
-        tl.store(row_scale_ptr + rows, nm.NAN, mask=(rows < M) & (finite == 0))
-        if row_sum_ptr is not None:
-            sums = tl.sum(tl.where(inside, codes.to(tl.int32), 0), axis=1)
-            tl.atomic_add(row_sum_ptr + offs_m, sums, mask=offs_m < M, sem="relaxed")
-    else:
-        tl.store(out_ptrs, nm.from_fp32(y, out_ptr.dtype.element_ty), mask=inside)
+    # epilogue, store
+    _epilogue(
+        acc, out_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, a_zero_ptr, a_sum_ptr,
+        b_zero_ptr, b_sum_ptr, out_scale_ptr, row_scale_ptr, row_sum_ptr, M, N, K, stride_rm, first_m, first_n,
+        ACTIVATION, BLOCK_M, BLOCK_N, SUBTILE_N,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -291,7 +346,8 @@ def _launch(
             a, b, out, vector(a_scale), vector(b_scale), bias, layer_scale, residual, a_zero, a_sum, b_zero, b_sum,
             out_scale, row_scale, row_sum, m, n, k, a.stride(0), b.stride(0), 0 if residual is None else residual.stride(0),
             ACTIVATION=activation, EVEN_K=k % c.block_k == 0, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
-            GROUP_M=c.group_m, num_warps=c.num_warps, num_stages=c.num_stages, **EXACT,
+            SUBTILE_N=c.subtile_n, GROUP_M=c.group_m,
+            num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers, **EXACT,
         )  # fmt: skip
 
 
@@ -344,6 +400,6 @@ def int8_linear_compensated(
             *(vector(t) for t in (a, a_residual, b, b_residual)), out, vector(a_scale), vector(b_scale), vector(bias),
             1 / nm.RESIDUAL_STEPS.value, mu / nm.RESIDUAL_STEPS.value**2, m, n, k, RA_B=ra_b, A_RB=a_rb, RA_RB=ra_rb,
             EVEN_K=k % c.block_k == 0, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP_M=c.group_m,
-            num_warps=c.num_warps, num_stages=c.num_stages, **EXACT,
+            num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers, **EXACT,
         )  # fmt: skip
     return out

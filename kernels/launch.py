@@ -24,17 +24,17 @@ class Device:
 
 
 @functools.cache
-def _cuda_device(index: int) -> Device:
+def cuda_device(index: int | None) -> Device:
+    """The config row of a CUDA device. Parts without a row of their own use the one of least shared memory, 86."""
     properties = torch.cuda.get_device_properties(index)
     arch = {(9, 0): 90, (8, 0): 80, (8, 7): 80, (10, 0): 80, (10, 3): 80}.get((properties.major, properties.minor), 86)
     return Device(arch, properties.multi_processor_count)
 
 
 def device_of(tensor: Tensor) -> Device:
-    """The config row for `tensor`'s device. Parts without a row of their own use the one of smallest shared memory, 86."""
     if triton.knobs.runtime.interpret:
         return Device(INTERPRETER, 1)
-    return _cuda_device(tensor.device.index)
+    return cuda_device(tensor.device.index)
 
 
 def on(tensor: Tensor) -> contextlib.AbstractContextManager:

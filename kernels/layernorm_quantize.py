@@ -79,14 +79,11 @@ def _layernorm_quantize_kernel(
     weight = _load_channels(weight_ptr, cols, K)
     bias = _load_channels(bias_ptr, cols, K)
     y = nm.fma(deviation * tl.div_rn(1.0, spread), weight, bias)
-    y = tl.where(finite, tl.where(valid, y, 0.0), nm.NAN)
+    y = tl.where(finite, tl.where(valid, y, 0.0), float("nan"))
 
     # quantize, store
     if static_scale_ptr is not None:
-        static_scale = tl.load(static_scale_ptr)
-        _, finite = nm.row_absmax(y)
-        codes = nm.to_codes(y, static_scale, False)
-        scale = tl.where(finite, static_scale, nm.NAN)
+        codes, scale = nm.quantize_rows_static(y, tl.load(static_scale_ptr))
     else:
         codes, scale = nm.quantize_rows(y, valid, K, delta, HAS_DELTA)
     store_per_row(scale_ptr, scale, rows, M)

@@ -36,12 +36,10 @@ ONE_BITS = tl.constexpr(0x3F800000)
 INF_BITS = tl.constexpr(0x7F800000)
 ABS_MASK = tl.constexpr(0x7FFFFFFF)
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
-# Scales outside [2^-64, 2^100] are brought nearer to 1, so that neither 1 / scale nor the remainder can underflow.
+# Between these, neither 1 / scale nor the remainder of x / scale underflows where a code can change.
 SCALE_SMALL = tl.constexpr(2.0**-64)
 SCALE_LARGE = tl.constexpr(2.0**100)
-SCALE_SHIFT = tl.constexpr(2.0**64)
 
 
 @triton.jit
@@ -208,43 +206,64 @@ def scale_of(span, steps):
 
 
 @triton.jit
-def to_codes(x, scale, BOUNDED: tl.constexpr):
-    """clamp(rne(x / scale), -127, 127) in int8 for scale > 0; NaN in x gives 0, and so does a scale of NaN or Inf.
+def _corrected_codes(x, divisor, reciprocal):
+    """rne(x / divisor) in int8 for |x / divisor| < 127.5, reciprocal = fl(1 / divisor), without a division.
 
-    BOUNDED promises finite |x| <= 127 · scale and 1e-8 <= scale < 2^126 (or NaN, with x = 0): nothing to clamp.
-    The quotient is x · (1 / scale) corrected by its exact remainder: three operations instead of a division. Its
-    codes are those of fl(x / scale) for every significand of scale, every tie and every x around it (exhaustive check);
-    x · (1 / scale) alone gets some of them wrong.
+    x · reciprocal, corrected by its exact remainder, gives the codes of fl(x / divisor) for all 2^23 significands of the
+    divisor, every tie and the five floats on either side of it (checked exhaustively). x · reciprocal alone does not.
     """
-    usable = scale < INF
-    if not BOUNDED:
-        shift = tl.where(scale > SCALE_LARGE, 1.0 / SCALE_SHIFT, tl.where(scale < SCALE_SMALL, SCALE_SHIFT, 1.0))
-        scale = scale * shift
-        limit = tl.where(usable, scale * QMAX, 0.0)
-        x = tl.minimum(tl.maximum(tl.where(x == x, x, 0.0) * shift, -limit), limit)
-    divisor = tl.where(usable, scale, 0.0)
-    reciprocal = tl.where(usable, tl.div_rn(1.0, scale), 0.0)
     quotient = x * reciprocal
     return rne_int8(fma(fma(-quotient, divisor, x), reciprocal, quotient))
 
 
 @triton.jit
-def row_scale(x, valid, absmax, finite, k, delta, HAS_DELTA: tl.constexpr):
-    """max(1e-8, (max|x| + delta · sd(x)) / 127), NaN where the row is not finite; x is zeroed there."""
-    span = absmax
-    if HAS_DELTA:
-        _, variance = row_deviation(x, valid, grid_exponent(absmax), k)
-        span = fma(tl.sqrt_rn(variance), delta, span)
-    return tl.where(finite, scale_of(span, QMAX), NAN)
+def to_codes(x, scale):
+    """clamp(rne(x / scale), -127, 127) in int8; NaN becomes 0."""
+    quotient = tl.div_rn(x, scale)
+    return rne_int8(tl.minimum(tl.maximum(tl.where(quotient == quotient, quotient, 0.0), -QMAX), QMAX))
+
+
+@triton.jit
+def to_codes_in_range(x, scale):
+    """`to_codes` for finite |x| <= 127 · scale and 1e-8 <= scale < 2^126, or x = 0 and a scale of NaN: nothing to clamp."""
+    reciprocal = tl.div_rn(1.0, scale)
+    known = scale == scale
+    return _corrected_codes(x, tl.where(known, scale, 0.0), tl.where(known, reciprocal, 0.0))
+
+
+@triton.jit
+def to_codes_static(x, scale):
+    """`to_codes` for one scale > 0 and x without NaN."""
+    if (scale >= SCALE_SMALL) & (scale <= SCALE_LARGE):
+        limit = scale * QMAX
+        codes = _corrected_codes(tl.minimum(tl.maximum(x, -limit), limit), scale, tl.div_rn(1.0, scale))
+    else:
+        codes = to_codes(x, scale)
+    return codes
 
 
 @triton.jit
 def quantize_rows(x, valid, k, delta, HAS_DELTA: tl.constexpr):
-    """Symmetric codes and scales of the rows of x."""
+    """Symmetric codes and scales of the rows of x: (max|x| + delta · sd(x)) / 127, NaN where a row is not finite."""
     absmax, finite = row_absmax(x)
     x = tl.where(finite, x, 0.0)
-    scale = row_scale(x, valid, absmax, finite, k, delta, HAS_DELTA)
-    return to_codes(x, scale, not HAS_DELTA), scale
+    if HAS_DELTA:
+        _, variance = row_deviation(x, valid, grid_exponent(absmax), k)
+        span = fma(tl.sqrt_rn(variance), delta, absmax)
+        scale = tl.where(finite, scale_of(span, QMAX), float("nan"))
+        codes = to_codes(x, scale)
+    else:
+        scale = tl.where(finite, scale_of(absmax, QMAX), float("nan"))
+        codes = to_codes_in_range(x, scale)
+    return codes, scale
+
+
+@triton.jit
+def quantize_rows_static(x, static_scale):
+    """Codes for one scale, which is every row's scale, or NaN where the row is not finite."""
+    _, finite = row_absmax(x)
+    codes = to_codes_static(tl.where(x == x, x, 0.0), static_scale)
+    return codes, tl.where(finite, static_scale, float("nan"))
 
 
 @triton.jit
@@ -252,7 +271,7 @@ def asymmetric_range(low, high, finite):
     """Scale and zero point of rows between low <= 0 and high >= 0; NaN and 0 where not finite."""
     scale = scale_of(high - low, ASYM_STEPS)
     zero_point = -127 - rne_int(tl.div_rn(low, scale))
-    return tl.where(finite, scale, NAN), tl.where(finite, zero_point, 0)
+    return tl.where(finite, scale, float("nan")), tl.where(finite, zero_point, 0)
 
 
 @triton.jit

@@ -105,10 +105,7 @@ def _quantize_kernel(
     x = _load_rows(x_ptr, equalizer_ptr, rows, cols, stride_xm, M, K)
 
     if static_scale_ptr is not None:
-        static_scale = tl.load(static_scale_ptr)
-        _, finite = nm.row_absmax(x)
-        codes = nm.to_codes(x, static_scale, False)
-        scale = tl.where(finite, static_scale, nm.NAN)
+        codes, scale = nm.quantize_rows_static(x, tl.load(static_scale_ptr))
     elif zero_point_ptr is not None:
         codes, scale, zero_point = nm.quantize_rows_asymmetric(x)
         codes = tl.where(cols[None, :] < K, codes, 0)  # a padded 0 has the code of the zero point
@@ -168,12 +165,12 @@ def _quantize_long_kernel(
 
     if static_scale_ptr is not None:
         divisor = tl.load(static_scale_ptr) + tl.zeros((1, 1), tl.float32)
-        scale = tl.where(finite, divisor, nm.NAN)
+        scale = tl.where(finite, divisor, float("nan"))
     elif zero_point_ptr is not None:
         scale, zero_point = nm.asymmetric_range(tl.where(finite, low, 0.0), tl.where(finite, high, 0.0), finite)
         store_per_row(zero_point_ptr, zero_point, row, M)
     else:
-        scale = tl.where(finite, nm.scale_of(span, nm.QMAX), nm.NAN)
+        scale = tl.where(finite, nm.scale_of(span, nm.QMAX), float("nan"))
         divisor = scale
     store_per_row(scale_ptr, scale, row, M)
 
@@ -184,7 +181,7 @@ def _quantize_long_kernel(
             codes = nm.to_codes_asymmetric(tl.where(finite, x, 0.0), scale, zero_point)
             codes = tl.where((start + cols)[None, :] < K, codes, 0)
         else:
-            codes = nm.to_codes(x, divisor, False)
+            codes = nm.to_codes(x, divisor)
         _store_rows(codes, codes_ptr, row, start + cols, M, K)
         total_codes += row_sum(codes)
     if row_sum_ptr is not None:
@@ -208,7 +205,7 @@ def _quantize_residual_kernel(
     scale = tl.load(scale_ptr + row)[:, None]
     codes = tl.load(codes_ptr + row[:, None].to(tl.int64) * K + cols[None, :], mask=cols[None, :] < K, other=0)
     remainder = x - scale * codes.to(tl.float32)
-    _store_rows(nm.to_codes(remainder * nm.RESIDUAL_STEPS, scale, False), residual_ptr, row, cols, M, K)
+    _store_rows(nm.to_codes(remainder * nm.RESIDUAL_STEPS, scale), residual_ptr, row, cols, M, K)
 
 
 @triton.jit
@@ -249,6 +246,44 @@ def _patchify_quantize_kernel(
 
 
 @triton.jit
+def _quantize_tokens(x_ptr, codes_ptr, scale_ptr, start, stride_s, S, D, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows start ... start + BLOCK_S of one head's q or k."""
+    rows = start + tl.arange(0, BLOCK_S)
+    cols = tl.arange(0, BLOCK_D)
+    x = _load_rows(x_ptr, None, rows, cols, stride_s, S, D)
+    codes, scale = nm.quantize_rows(x, cols[None, :] < D, D, 0.0, False)
+    store_per_row(scale_ptr, scale, rows, S)
+    _store_rows(codes, codes_ptr, rows, cols, S, D)
+
+
+@triton.jit
+def _load_channels(x_ptr, channels, tokens, stride_s, S, D):
+    """The tile x[tokens, channels] of one head with channels as rows, in fp32."""
+    ptrs = x_ptr + channels[:, None] + tokens[None, :].to(tl.int64) * stride_s
+    return nm.to_fp32(tl.load(ptrs, mask=(channels[:, None] < D) & (tokens[None, :] < S), other=0.0))
+
+
+@triton.jit
+def _quantize_channels(x_ptr, codes_ptr, scale_ptr, start, stride_s, S, D, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels start ... start + BLOCK_C of one head's v, over all tokens: a pass for the ranges, a pass for the codes."""
+    channels = start + tl.arange(0, BLOCK_C)
+    bits = tl.zeros((BLOCK_C, 1), tl.int32)
+    for first in range(0, S, BLOCK_S):
+        x = _load_channels(x_ptr, channels, first + tl.arange(0, BLOCK_S), stride_s, S, D)
+        bits = tl.maximum(bits, tl.max(nm.magnitude_bits(x), axis=1)[:, None])
+    finite = bits < nm.INF_BITS
+    absmax = tl.where(finite, bits, 0).to(tl.float32, bitcast=True)
+    scale = tl.where(finite, nm.scale_of(absmax, nm.QMAX), float("nan"))
+    store_per_row(scale_ptr, scale, channels, D)
+    for first in range(0, S, BLOCK_S):
+        tokens = first + tl.arange(0, BLOCK_S)
+        x = _load_channels(x_ptr, channels, tokens, stride_s, S, D)
+        codes = nm.to_codes_in_range(tl.where(finite, x, 0.0), scale)
+        inside = (channels[:, None] < D) & (tokens[None, :] < S)
+        tl.store(codes_ptr + tokens[None, :] * D + channels[:, None], codes, mask=inside)
+
+
+@triton.jit
 def _quantize_qkv_kernel(
     qkv_ptr,  # (B, S, 3 H D) float
     q_ptr,  # (B, H, S, D) int8
@@ -268,40 +303,25 @@ def _quantize_qkv_kernel(
 ):
     # program ids: (head of an image; token blocks of q, then of k, then channel blocks of v)
     head = tl.program_id(0)
+    block = tl.program_id(1)
     token_blocks = tl.cdiv(S, BLOCK_S)
-    part = tl.program_id(1) // token_blocks
     qkv_ptr += (head // H).to(tl.int64) * stride_b + (head % H) * D
-    out = head.to(tl.int64) * S * D
+    offset = head.to(tl.int64) * S * D
 
-    if part < 2:  # rows are tokens
-        rows = (tl.program_id(1) % token_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
-        cols = tl.arange(0, BLOCK_D)
-        x = _load_rows(qkv_ptr + part * H * D, None, rows, cols, stride_s, S, D)
-        codes, scale = nm.quantize_rows(x, cols[None, :] < D, D, 0.0, False)
-        if part == 0:
-            store_per_row(q_scale_ptr + head * S, scale, rows, S)
-            _store_rows(codes, q_ptr + out, rows, cols, S, D)
-        else:
-            store_per_row(k_scale_ptr + head * S, scale, rows, S)
-            _store_rows(codes, k_ptr + out, rows, cols, S, D)
-    else:  # rows are the channels of v
-        channels = (tl.program_id(1) - 2 * token_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-        tokens = tl.arange(0, BLOCK_S)
-        source = qkv_ptr + 2 * H * D + channels[:, None]
-        bits = tl.zeros((BLOCK_C, 1), tl.int32)
-        for start in range(0, S, BLOCK_S):
-            inside = (channels[:, None] < D) & ((start + tokens)[None, :] < S)
-            x = nm.to_fp32(tl.load(source + (start + tokens)[None, :].to(tl.int64) * stride_s, mask=inside, other=0.0))
-            bits = tl.maximum(bits, tl.max(nm.magnitude_bits(x), axis=1)[:, None])
-        finite = bits < nm.INF_BITS
-        absmax = tl.where(finite, bits, 0).to(tl.float32, bitcast=True)
-        scale = tl.where(finite, nm.scale_of(absmax, nm.QMAX), nm.NAN)
-        store_per_row(v_scale_ptr + head * D, scale, channels, D)
-        for start in range(0, S, BLOCK_S):
-            inside = (channels[:, None] < D) & ((start + tokens)[None, :] < S)
-            x = nm.to_fp32(tl.load(source + (start + tokens)[None, :].to(tl.int64) * stride_s, mask=inside, other=0.0))
-            codes = nm.to_codes(tl.where(finite, x, 0.0), scale, True)
-            tl.store(v_ptr + out + (start + tokens)[None, :] * D + channels[:, None], codes, mask=inside)
+    if block < token_blocks:
+        _quantize_tokens(
+            qkv_ptr, q_ptr + offset, q_scale_ptr + head * S, block * BLOCK_S, stride_s, S, D, BLOCK_S, BLOCK_D
+        )
+    elif block < 2 * token_blocks:
+        start = (block - token_blocks) * BLOCK_S
+        _quantize_tokens(
+            qkv_ptr + H * D, k_ptr + offset, k_scale_ptr + head * S, start, stride_s, S, D, BLOCK_S, BLOCK_D
+        )
+    else:
+        start = (block - 2 * token_blocks) * BLOCK_C
+        _quantize_channels(
+            qkv_ptr + 2 * H * D, v_ptr + offset, v_scale_ptr + head * D, start, stride_s, S, D, BLOCK_S, BLOCK_C
+        )
 
 
 def _quantize(x, delta, equalizer, static_scale, symmetric, row_sum):

@@ -199,7 +199,9 @@ def test_option_errors(tmp_path, option):
 
 
 def test_transform_errors(tmp_path):
-    with pytest.raises(DataError, match="expected a size, or a model folder with preprocessor_config.json; got neither"):
+    with pytest.raises(
+        DataError, match="expected a size, or a model folder with preprocessor_config.json; got neither"
+    ):
         transform_for(tmp_path)
     with pytest.raises(DataError, match="at least 1; got 0"):
         transform_for(tmp_path, 0)

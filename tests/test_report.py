@@ -36,7 +36,7 @@ DOCUMENT = {
 def test_text():
     text = report.to_text(DOCUMENT)
     lines = text.splitlines()
-    assert "Engine  ms    Accuracy" in lines
+    assert "Engine    ms  Accuracy" in lines
     assert "FP32    12.3     98.50" in lines
     assert "W8A8|x   3.2         –" in lines
     assert "Medians." in lines

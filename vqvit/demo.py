@@ -7,6 +7,8 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,23 +91,38 @@ def train(data: Digits, epochs: int, device: torch.device, progress: bool = Fals
         torch.manual_seed(TRAINING["seed"])
         model = ViTForImageClassification(ViTConfig(**MODEL)).to(device).train()
     generator = torch.Generator().manual_seed(TRAINING["seed"])
-    images, labels = data.train_images, data.train_labels
-    batch_size, rate = TRAINING["batch_size"], TRAINING["learning_rate"]
-    steps = epochs * math.ceil(len(images) / batch_size)
+    steps = epochs * math.ceil(len(data.train_images) / TRAINING["batch_size"])
     warmup = max(1, int(steps * TRAINING["warmup"]))
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=TRAINING["weight_decay"])
+    optimizer = torch.optim.AdamW(model.parameters(), TRAINING["learning_rate"], weight_decay=TRAINING["weight_decay"])
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
     )
-    for _ in tqdm(range(epochs), desc="train on digits", unit="epoch", disable=not progress):
-        for chosen in torch.randperm(len(images), generator=generator).split(batch_size):
-            pixels = _shifted(images[chosen], TRAINING["shift_pixels"], generator).to(device)
-            loss = F.cross_entropy(model(pixels).logits, labels[chosen].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    with _one_thread():
+        for _ in tqdm(range(epochs), desc="train on digits", unit="epoch", disable=not progress):
+            for images, labels in _shuffled(data, generator):
+                loss = F.cross_entropy(model(images.to(device)).logits, labels.to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
     return model.eval()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model gains little from more, loses much on a busy machine, and trains to the same bits everywhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _shuffled(data: Digits, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of training batches, in random order and randomly shifted."""
+    for chosen in torch.randperm(len(data.train_images), generator=generator).split(TRAINING["batch_size"]):
+        yield _shifted(data.train_images[chosen], TRAINING["shift_pixels"], generator), data.train_labels[chosen]
 
 
 def _shifted(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:

@@ -43,7 +43,7 @@ def environment(device: torch.device | str = "cpu") -> dict:
         "cpu": cpu_name(),
         "isa": cpu_flags(),
         "threads": torch.get_num_threads(),
-        "backend": backends.selected(device),
+        "backend": _backend(device),
         "python": platform.python_version(),
         "vqvit": vqvit.__version__,
         **versions,
@@ -113,6 +113,16 @@ def provenance_row(device: torch.device | str = "cpu") -> dict:
     """The columns of `PROVENANCE_COLUMNS` for a CSV row."""
     facts = environment(device)
     return {name: " ".join(facts[name]) if name == "isa" else facts[name] for name in PROVENANCE_COLUMNS}
+
+
+def _backend(device: torch.device) -> str:
+    """The backend that ops on `device` run, with the instruction set that the native kernels chose."""
+    name = backends.selected(device)
+    if name != "cpu":
+        return name
+    from vqvit.backends import cpu
+
+    return f"cpu, {cpu.isa()}"
 
 
 def _version(package: str) -> str | None:

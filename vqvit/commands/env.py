@@ -12,6 +12,7 @@ def run(arguments: argparse.Namespace) -> dict:
     import torch
 
     from vqvit import backends, provenance
+    from vqvit.backends import cpu
 
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return {
@@ -21,6 +22,7 @@ def run(arguments: argparse.Namespace) -> dict:
             {"device": d, "name": provenance.device_name(d), "backend": backends.selected(torch.device(d))}
             for d in devices
         ],
+        "cpu_kernels": [] if cpu.unavailable() else list(cpu.available_isas()),
         "backends": [{"name": name, "unavailable": backends.unavailable(name)} for name in backends.NAMES],
     }
 

@@ -2,8 +2,9 @@
 
     python benchmarks/compensation.py [--tokens 197] [--seed 0]
 
-Relative error: ‖Y - A Bᵀ‖ / ‖A Bᵀ‖ with A Bᵀ in fp64, at the four linear layers of ViT-B, for inputs that are normal, that
-have six channels thirty times larger (what LayerNorm outputs of trained models look like), and that are GELU of a normal.
+Relative error: ‖Y - A Bᵀ‖ / ‖A Bᵀ‖ with A Bᵀ in fp64, at the four linear layers of ViT-B, for inputs that are normal,
+that have six channels thirty times larger (what LayerNorm outputs of trained models look like), and that are GELU of a
+normal.
 `int8 products` is the work in units of one INT8 GEMM. Appends to results/compensation.csv.
 """
 

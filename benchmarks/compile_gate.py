@@ -2,10 +2,10 @@
 
     python benchmarks/compile_gate.py --arch 80 86 89 90 --csv benchmarks/results/compile_gate.csv
 
-The launchers run for real on meta tensors; only Triton's last step, the launch, is left out. So what is compiled is what
-a GPU would run, with the specialisations of real arguments. A case passes if it has the tensor-core instruction that its
-config claims, no stack frame (hence no spilled register), shared memory within the architecture's limit, and no
-instruction that breaks the numerical contract: approximate division or square root, flush to zero.
+The launchers run for real on meta tensors; only Triton's last step, the launch, is left out. So what is compiled is
+what a GPU would run, with the specialisations of real arguments. A case passes if it has the tensor-core instruction
+that its config claims, no stack frame (hence no spilled register), shared memory within the architecture's limit, and
+no instruction that breaks the numerical contract: approximate division or square root, flush to zero.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from vqvit.provenance import append_csv, command, commit
 
 @dataclass(frozen=True)
 class Architecture:
-    """Limits of a compute capability: shared memory of a block and threads of a multiprocessor; sms of its usual part."""
+    """row: of the config tables; sms: of its usual part; limits of a block's shared memory and an SM's warps."""
 
     row: int
     sms: int
@@ -159,9 +159,55 @@ def row_cases() -> Iterator[Case]:
     yield Case("quantize_qkv", functools.partial(quantize.quantize_qkv, meta(64, 197, 2304, dtype=half), 12))
 
 
+def option_cases() -> Iterator[Case]:
+    """Every option of every launcher, and sizes of 1, which Triton specialises: what the interpreter cannot see fail."""
+    half, bf16, int8, int32 = torch.float16, torch.bfloat16, torch.int8, torch.int32
+
+    def case(function, *arguments, **options) -> Case:
+        shown = [f"{k}={v}" if not isinstance(v, torch.Tensor) else k for k, v in options.items()]
+        shape = "x".join(str(size) for size in arguments[0].shape)
+        return Case(
+            f"{function.__name__} {shape} {' '.join(shown)}".strip(), functools.partial(function, *arguments, **options)
+        )
+
+    for m, n, k in ((1576, 768, 588), (197, 384, 100), (1, 1, 1)):
+        a, b, row, column = meta(m, k, dtype=int8), meta(n, k, dtype=int8), meta(m), meta(n)
+        operands = (a, row, b, column)
+        b_zero = {"b_zero": meta(n, dtype=int32), "a_sum": meta(m, dtype=int32)}
+        zeros = {"a_zero": meta(m, dtype=int32), "b_sum": meta(n, dtype=int32)} | b_zero
+        yield case(gemm_s8.int8_mm, a, b)
+        yield case(
+            gemm_s8.int8_linear, *operands, bias=column, residual=meta(m, n, dtype=bf16), out_dtype=bf16, **zeros
+        )
+        yield case(gemm_s8.int8_linear, *operands, layer_scale=column, activation="gelu_tanh", **b_zero)
+        yield case(gemm_s8.int8_linear_quantize, *operands, symmetric=False, row_sum=True, activation="quick_gelu")
+        yield case(gemm_s8.int8_linear_quantize, *operands, out_scale=meta(), row_sum=True, activation="silu", **zeros)
+        for terms in ((False, False, False), (False, False, True), (True, False, False), (False, True, False)):
+            yield case(gemm_s8.int8_linear_compensated, a, row, a, b, column, b, bias=None, terms=terms, out_dtype=bf16)
+    yield case(gemm_s8.int8_linear, *operands, activation="relu", out_dtype=half)
+
+    for m, k in ((197, 588), (1, 1), (1, 20000)):
+        x, channels = meta(m, k, dtype=bf16), meta(k)
+        yield case(quantize.quantize_per_token, x, delta=0.5, equalizer=channels, row_sum=True)
+        yield case(quantize.quantize_per_token, x, symmetric=False, row_sum=True)
+        yield case(quantize.quantize_static, x, meta(), equalizer=channels, row_sum=True)
+        yield case(quantize.quantize_residual, x, meta(m, k, dtype=int8), meta(m))
+        yield case(
+            layernorm_quantize.layernorm_quantize, x, channels, channels, 1e-6, delta=0.5, row_sum=True, paper=True
+        )
+        yield case(layernorm_quantize.add_layernorm_quantize, meta(m, k), x, channels, channels, 1e-6, scale=meta())
+    for patch, channels in ((14, 3), (1, 1)):
+        yield case(quantize.patchify_quantize, meta(1, channels, 28, 28), patch, patch)
+    for tokens, heads, dim in ((1, 1, 1), (1568, 12, 80)):
+        codes, scale = (meta(1, heads, tokens, dim, dtype=int8),) * 3, meta(1, heads, tokens)
+        yield case(quantize.quantize_qkv, meta(1, tokens, 3 * heads * dim), heads)
+        yield case(attention_s8.int8_attention, *codes, scale, scale, meta(1, heads, dim), 0.1, out_dtype=bf16)
+
+
 def cases(arch: int) -> list[Case]:
     row = ARCHITECTURES[arch].row
-    return [*gemm_cases(row, WGMMA_S8 if arch == 90 else MMA_S8), *attention_cases(), *row_cases()]
+    options = option_cases() if arch == max(ARCHITECTURES) else ()  # the language front end is the same for all
+    return [*gemm_cases(row, WGMMA_S8 if arch == 90 else MMA_S8), *attention_cases(), *row_cases(), *options]
 
 
 class _NoDriver:

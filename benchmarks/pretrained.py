@@ -2,8 +2,8 @@
 
     python benchmarks/pretrained.py MODEL IMAGES [--images 256] [--image-size 224] [--batch 1,8] [--threads 2]
 
-MODEL is a local Hugging Face folder; IMAGES a folder of images, or a parquet file with a column `img` or `image`. Compared
-is what `vqvit.evaluate.pick_output` picks: logits, or the CLS feature. Appends to results/pretrained.csv.
+MODEL is a local Hugging Face folder; IMAGES a folder of images, or a parquet file with a column `img` or `image`.
+Compared is what `vqvit.evaluate.pick_output` picks: logits, or the CLS feature. Appends to results/pretrained.csv.
 """
 
 import argparse

@@ -1,16 +1,18 @@
 """INT8 attention, bit for bit that of `vqvit.reference`.
 
-    l_ij = (α_q[i] · sm_scale log2 e · α_k[j]) · Σ_d q[i, d] k[j, d]            int8 products, fp32 logits in units of log2
-    e_ij = rne(255 · 2^(l_ij - max_j l_ij))                                    u8 codes, not normalised
-    out[i, d] = α_v[d] · Σ_j e_ij v[j, d] / Σ_j e_ij                           int8 products, one division a row
+    l_ij = (α_q[i] · sm_scale log2 e · α_k[j]) · Σ_d q[i, d] k[j, d]     int8 products, fp32 logits in units of log2
+    e_ij = rne(255 · 2^(l_ij - max_j l_ij))                             u8 codes, not normalised
+    out[i, d] = α_v[d] · Σ_j e_ij v[j, d] / Σ_j e_ij                    int8 products, one division a row
 
 Shapes: q (B, H, Sq, D), k and v (B, H, Sk, D) int8; scales q (B, H, Sq), k (B, H, Sk), v (B, H, D) -> out (B, Sq, H D).
-Grid: one program per BLOCK_M queries of a head. The codes need the true row maximum: up to ONE_PASS_KEYS keys the whole
-row of logits stays in registers, beyond them a first pass over the keys finds the maximum and a second recomputes the logits.
-Tensor cores multiply s8 by s8, so e goes in as e - 128 and 128 · Σ_j v[j, d] is added back: exact. Masked keys have e = 0
-and zero rows of v, so they add nothing. D is padded to a power of two.
-v has D contiguous while its product contracts over tokens: the tile is transposed on its way to the tensor core.
-Operations: 4 Sq Sk D int8 and about 20 Sq Sk fp32 for a head (the exponential is a polynomial of degree 5).
+Grid: one program per BLOCK_M queries of a head. The codes need the true row maximum: up to ONE_PASS_KEYS keys the
+whole row of logits stays in registers, beyond them a first pass over the keys finds the maximum and a second recomputes
+the logits. Triton multiplies s8 by s8 only, so e goes in as e - 128 and 128 · Σ_j v[j, d] is added back: exact. Masked
+keys have e = 0 and zero rows of v, so they add nothing. D is padded to a power of two, at least 64.
+Bytes: q, k, v and out once from DRAM; each block of queries reads its head's k and v again from L2.
+Operations: 4 Sq Sk D int8 and 23 Sq Sk fp32 for a head, most of them the degree-5 exponential: that is what bounds it.
+v has D contiguous while its product contracts over tokens: its tile is transposed byte by byte in shared memory, about
+Sk · D stores a program.
 """
 
 from dataclasses import dataclass
@@ -39,9 +41,9 @@ class AttentionConfig:
 ONE_PASS_KEYS = 256
 ONE_PASS_DIM = 128
 
-# A row of 256 logits is 64 fp32 registers of 4 threads: 32 queries leave room for three blocks on a multiprocessor, waste
-# 12 % of 197 tokens instead of 30 %, and give batch 1 of ViT-B 84 blocks. The softmax takes several times as long as the
-# tensor cores, so their instruction does not matter here, and one table serves every architecture.
+# The softmax takes several times as long as the products, so it decides, and one table serves every architecture.
+# 32 queries x 256 keys are 64 logits a thread: three blocks or more fit a multiprocessor, 197 queries fill 7 blocks to
+# 88 % (64 would fill 77 %), and batch 1 of ViT-B has 84 blocks.
 ONE_PASS_CONFIG = AttentionConfig(block_m=32, block_n=ONE_PASS_KEYS, num_warps=4, num_stages=1)
 
 # By the head dimension up to which they apply.
@@ -61,7 +63,7 @@ def _load_tokens(ptr, tokens, dims, S, D):
 
 @triton.jit
 def _logits(q, row_factor, k_ptr, k_scale_ptr, start, SK, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """fp32 logits of a query tile against keys start ... start + BLOCK_N, -Inf beyond SK. A non-finite scale poisons."""
+    """fp32 logits of a query tile for BLOCK_N keys from `start`, -Inf beyond SK; a scale of Inf poisons like NaN."""
     keys = start + tl.arange(0, BLOCK_N)
     k = _load_tokens(k_ptr, keys[None, :], tl.arange(0, BLOCK_D)[:, None], SK, D)
     k_scale = tl.load(k_scale_ptr + keys, mask=keys < SK, other=0.0)

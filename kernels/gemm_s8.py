@@ -6,9 +6,9 @@
     store int32 acc, or y as float, or clamp(rne(y / α_out)) as int8 (static scale)
 
 Shapes: a (M, K) int8 row-major, b (N, K) int8 with K contiguous (weights as stored), vectors (M,) and (N,), out (M, N).
-Layout: both operands have K contiguous, as int8 tensor-core instructions want them: wgmma reads both from shared memory.
+Layout: both operands have K contiguous, as int8 tensor cores want them; wgmma reads both from shared memory.
 Grid: one program per BLOCK_M x BLOCK_N tile, tiles swizzled in groups of GROUP_M rows to share operands in L2.
-Operations: 2 · M · N · K int8, and per output one int-to-float conversion, two multiplications or fmas, 16 more for GELU.
+Operations: 2 · M · N · K int8, and for each output 3 to dequantize, 18 for GELU, 8 for static codes (counted in SASS).
 Bytes: M · K + N · K + M · N · output size from DRAM; (BLOCK_M + BLOCK_N) · K per tile from L2.
 
 `int8_linear_compensated` accumulates up to four products of the same tiles in one loop (numerics §6):
@@ -16,6 +16,8 @@ Bytes: M · K + N · K + M · N · output size from DRAM; (BLOCK_M + BLOCK_N) ·
     y = α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ] / 254 + μ R_A R_Bᵀ / 254²) + bias
 """
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +25,13 @@ import triton
 import triton.language as tl
 
 from vqvit.kernels import numerics as nm
-from vqvit.kernels.launch import EXACT, INTERPRETER, absent, device_of, on, row_major, vector
+from vqvit.kernels.launch import EXACT, INTERPRETER, Device, absent, device_of, on, row_major, vector
 from vqvit.kernels.quantize import quantize_per_token
 
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """A tile shape; ctas: blocks that share a multiprocessor, which caps registers; subtile_n: columns of an epilogue step."""
+    """ctas: blocks that share a multiprocessor, which caps registers; subtile_n: columns of an epilogue step."""
 
     block_m: int
     block_n: int
@@ -47,21 +49,21 @@ class GemmConfig:
 
 REGISTERS = 65536  # of a multiprocessor, on every architecture here
 
-# mma.sync keeps operand fragments in registers beside the accumulators: 128 x 256 spills, with 64 accumulators a thread or
-# fewer it does not. Shared memory (48, 36 and 24 KiB) leaves room on parts with 99 KiB too.
+# mma.sync keeps operand fragments in registers beside the accumulators: 128 x 256 spills, 64 accumulators a thread do
+# not. Shared memory (48, 36 and 24 KiB) leaves room on parts with 99 KiB too.
 MMA_SYNC_CONFIGS = (
     GemmConfig(128, 128, 64, 8, 4, ctas=1),
     GemmConfig(64, 128, 64, 4, 4, ctas=2),
     GemmConfig(64, 64, 64, 4, 4, ctas=3),
 )
 
-# Each architecture: the tile of most reuse for large batches first, then the ones that fill the device when M · N shrinks.
+# By architecture: the tile of most reuse first, then the ones that fill the device when M · N shrinks.
 GEMM_CONFIGS = {
     90: (
-        GemmConfig(128, 256, 128, 8, 3, ctas=1),  # 170 operations per L2 byte: batch >= 32 of ViT-B and wider
-        GemmConfig(128, 128, 128, 8, 3, ctas=2, subtile_n=32),  # two blocks overlap epilogue and main loop
-        GemmConfig(64, 128, 128, 4, 3, ctas=3),  # finer last wave
-        GemmConfig(64, 64, 128, 4, 4, ctas=3),  # batch 1 (M = 197): most blocks in flight
+        GemmConfig(128, 256, 128, 8, 3, ctas=1),  # fc2 of large batches: 170 operations per L2 byte
+        GemmConfig(128, 128, 128, 8, 3, ctas=2, subtile_n=32),  # large batches: epilogues hide under the other's loop
+        GemmConfig(64, 128, 128, 4, 3, ctas=3),  # last waves, and batch 1 with N >= 2304
+        GemmConfig(64, 64, 128, 4, 4, ctas=3),  # batch 1 (M = 197): most blocks
     ),
     86: MMA_SYNC_CONFIGS,
     80: MMA_SYNC_CONFIGS,
@@ -77,18 +79,39 @@ COMPENSATED_CONFIGS = {
 }
 
 
-def choose(configs: tuple[GemmConfig, ...], sms: int, m: int, n: int) -> GemmConfig:
-    """The config of least time: waves of blocks times a block's share of its multiprocessor.
+# A roofline of one multiprocessor of the H200, to compare tiles with. The epilogue's operations are counted in SASS; L2
+# bandwidth and the cost of a step (Triton waits for each int8 wgmma before the next loads) are estimates, not measured.
+MACS_PER_CYCLE = 4096
+L2_BYTES_PER_CYCLE = 40
+EPILOGUE_OPERATIONS = 20
+OPERATIONS_PER_CYCLE = 128
+STEP_CYCLES = 150
 
-    A block of (bm, bn) costs bm · bn on the tensor cores and 40 (bm + bn) on L2 (bytes weighed by measured rates),
-    and `ctas` of them run at once; ties go to the earlier entry.
-    """
 
-    def time(c: GemmConfig) -> float:
-        waves = triton.cdiv(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n), sms * c.ctas)
-        return waves * c.ctas * (c.block_m * c.block_n + 40 * (c.block_m + c.block_n))
+def wave_cycles(c: GemmConfig, blocks: int, k: int) -> float:
+    """Time of `blocks` tiles that share a multiprocessor: the busiest unit, or the latency of one tile."""
+    area = c.block_m * c.block_n
+    tensor = area * k / MACS_PER_CYCLE
+    epilogue = area * EPILOGUE_OPERATIONS / OPERATIONS_PER_CYCLE
+    l2 = (c.block_m + c.block_n) * k / L2_BYTES_PER_CYCLE
+    return max(blocks * tensor, blocks * l2, blocks * epilogue, tensor + k / c.block_k * STEP_CYCLES + epilogue)
 
-    return min(configs, key=time)
+
+@functools.cache
+def choose(device: Device, m: int, n: int, k: int) -> GemmConfig:
+    """The config whose waves of tiles take the least time; ties go to the earlier entry."""
+
+    def cycles(c: GemmConfig) -> float:
+        full_waves, rest = divmod(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n), device.sms * c.ctas)
+        last_wave = wave_cycles(c, triton.cdiv(rest, device.sms), k) if rest else 0.0
+        return full_waves * wave_cycles(c, c.ctas, k) + last_wave
+
+    return min(GEMM_CONFIGS[device.arch], key=cycles)
+
+
+def k_unit(*sizes: int) -> int:
+    """Bytes that every row and row end is a multiple of, up to one 16-byte load."""
+    return math.gcd(16, *sizes)
 
 
 @triton.jit
@@ -100,6 +123,12 @@ def _tile_ids(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.co
     first_m = pid // in_group * GROUP_M
     group_m = tl.minimum(tiles_m - first_m, GROUP_M)
     return first_m + pid % in_group % group_m, pid % in_group // group_m
+
+
+@triton.jit
+def _multiple_of(size, UNIT: tl.constexpr):
+    """`size`, which UNIT divides, in a form that tells the compiler so: loads then take UNIT bytes at once."""
+    return size // UNIT * UNIT
 
 
 @triton.jit
@@ -231,6 +260,7 @@ def _int8_gemm_kernel(
     stride_rm,
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
+    K_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -243,6 +273,9 @@ def _int8_gemm_kernel(
     first_n = pid_n * BLOCK_N
 
     # offsets; rows beyond M and N repeat the last one, so that the main loop needs no masks for them
+    K = _multiple_of(K, K_UNIT)
+    stride_am = _multiple_of(stride_am, K_UNIT)
+    stride_bn = _multiple_of(stride_bn, K_UNIT)
     offs_k = tl.arange(0, BLOCK_K)
     rows_a = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
     rows_b = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
@@ -337,16 +370,15 @@ def _launch(
     if m == 0 or n == 0:
         return
     a, b, residual = row_major(a), row_major(b), None if residual is None else row_major(residual)
-    device = device_of(a)
-    c = choose(GEMM_CONFIGS[device.arch], device.sms, m, n)
+    c = choose(device_of(a), m, n, k)
     vectors = (bias, layer_scale, a_zero, a_sum, b_zero, b_sum)
     bias, layer_scale, a_zero, a_sum, b_zero, b_sum = (vector(v) for v in vectors)
+    strides = (a.stride(0), b.stride(0), 0 if residual is None else residual.stride(0))
     with on(a):
         _int8_gemm_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
             a, b, out, vector(a_scale), vector(b_scale), bias, layer_scale, residual, a_zero, a_sum, b_zero, b_sum,
-            out_scale, row_scale, row_sum, m, n, k, a.stride(0), b.stride(0), 0 if residual is None else residual.stride(0),
-            ACTIVATION=activation, EVEN_K=k % c.block_k == 0, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
-            SUBTILE_N=c.subtile_n, GROUP_M=c.group_m,
+            out_scale, row_scale, row_sum, m, n, k, *strides, ACTIVATION=activation, EVEN_K=k % c.block_k == 0, K_UNIT=k_unit(k, *strides),
+            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, SUBTILE_N=c.subtile_n, GROUP_M=c.group_m,
             num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers, **EXACT,
         )  # fmt: skip
 
@@ -393,8 +425,7 @@ def int8_linear_compensated(
     if m == 0 or n == 0:
         return out
     ra_b, a_rb, ra_rb = terms
-    device = device_of(a)
-    c = COMPENSATED_CONFIGS[device.arch]
+    c = COMPENSATED_CONFIGS[device_of(a).arch]
     with on(a):
         _int8_compensated_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
             *(vector(t) for t in (a, a_residual, b, b_residual)), out, vector(a_scale), vector(b_scale), vector(bias),

@@ -23,7 +23,7 @@ from vqvit.kernels.quantize import row_config, row_sum, store_per_row
 @triton.jit
 def _load_channels(ptr, cols, K):
     """(1, BLOCK) fp32 of a float vector (K,), 0 beyond."""
-    return nm.to_fp32(tl.load(ptr + cols, mask=cols < K, other=0.0))[None, :]
+    return nm.to_fp32(tl.load(ptr + cols[None, :], mask=cols[None, :] < K, other=0.0))
 
 
 @triton.jit
@@ -71,21 +71,20 @@ def _layernorm_quantize_kernel(
 
     # LayerNorm
     absmax, finite = nm.row_absmax(x)
-    deviation, variance = nm.row_deviation(tl.where(finite, x, 0.0), valid, nm.grid_exponent(absmax), K)
+    deviation, variance = nm.row_deviation(x, valid, nm.grid_exponent(absmax), K)  # meaningless where not finite
     if PAPER:
         spread = tl.sqrt_rn(variance) + eps
     else:
         spread = tl.sqrt_rn(variance + eps)
     weight = _load_channels(weight_ptr, cols, K)
     bias = _load_channels(bias_ptr, cols, K)
-    y = nm.fma(deviation * tl.div_rn(1.0, spread), weight, bias)
-    y = tl.where(finite, tl.where(valid, y, 0.0), float("nan"))
+    y = nm.fma(deviation * tl.div_rn(1.0, spread), weight, bias)  # 0 beyond K, where weight and bias are
 
     # quantize, store
     if static_scale_ptr is not None:
-        codes, scale = nm.quantize_rows_static(y, tl.load(static_scale_ptr))
+        codes, scale = nm.quantize_rows_static(tl.where(finite, y, float("nan")), tl.load(static_scale_ptr))
     else:
-        codes, scale = nm.quantize_rows(y, valid, K, delta, HAS_DELTA)
+        codes, scale = nm.quantize_rows(y, finite, valid, K, delta, HAS_DELTA)
     store_per_row(scale_ptr, scale, rows, M)
     tl.store(codes_ptr + out_offsets, codes, mask=inside)
     if row_sum_ptr is not None:
@@ -105,8 +104,7 @@ def _launch(x, residual, weight, bias, eps, layer_scale, delta, static_scale, wa
     if m == 0:
         return codes, scale, sums, stream
 
-    device = device_of(x)
-    rows, block, num_warps = row_config(device.arch, device.sms, m, k)
+    rows, block, num_warps = row_config(device_of(x), m, k)
     with on(x):
         _layernorm_quantize_kernel[(triton.cdiv(m, rows),)](
             x, residual, stream, vector(layer_scale), vector(weight), vector(bias), static_scale, codes, scale, sums,

@@ -30,8 +30,10 @@ MINUS_LOG2_E = tl.constexpr(-contract.LOG2_E)
 QUICK_GELU_SLOPE = tl.constexpr(contract.QUICK_GELU_SLOPE)
 P_STEPS = tl.constexpr(contract.P_STEPS)
 
-MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: |v| <= 2^22 plus MAGIC has an ulp of 1, so the addition rounds to nearest even
-MAGIC_BITS = tl.constexpr(0x4B400000)  # and the sum's bits are MAGIC_BITS + rne(v); the low byte of MAGIC_BITS is 0
+# v + MAGIC has an ulp of 1 for |v| <= 2^22, so the addition rounds v to nearest even, and the sum's bits are
+# MAGIC_BITS + rne(v), whose low byte is rne(v) modulo 256.
+MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23
+MAGIC_BITS = tl.constexpr(0x4B400000)
 ONE_BITS = tl.constexpr(0x3F800000)
 INF_BITS = tl.constexpr(0x7F800000)
 ABS_MASK = tl.constexpr(0x7FFFFFFF)
@@ -209,8 +211,8 @@ def scale_of(span, steps):
 def _corrected_codes(x, divisor, reciprocal):
     """rne(x / divisor) in int8 for |x / divisor| < 127.5, reciprocal = fl(1 / divisor), without a division.
 
-    x · reciprocal, corrected by its exact remainder, gives the codes of fl(x / divisor) for all 2^23 significands of the
-    divisor, every tie and the five floats on either side of it (checked exhaustively). x · reciprocal alone does not.
+    x · reciprocal, corrected by its exact remainder, has the codes of fl(x / divisor): checked for the divisor's 2^23
+    significands at every tie and the five floats on either side of it. x · reciprocal alone misses 2.5 % of those.
     """
     quotient = x * reciprocal
     return rne_int8(fma(fma(-quotient, divisor, x), reciprocal, quotient))
@@ -225,7 +227,7 @@ def to_codes(x, scale):
 
 @triton.jit
 def to_codes_in_range(x, scale):
-    """`to_codes` for finite |x| <= 127 · scale and 1e-8 <= scale < 2^126, or x = 0 and a scale of NaN: nothing to clamp."""
+    """`to_codes` for |x| <= 127 · scale and 1e-8 <= scale < 2^126 (nothing to clamp), or x = 0 and a scale of NaN."""
     reciprocal = tl.div_rn(1.0, scale)
     known = scale == scale
     return _corrected_codes(x, tl.where(known, scale, 0.0), tl.where(known, reciprocal, 0.0))
@@ -243,9 +245,10 @@ def to_codes_static(x, scale):
 
 
 @triton.jit
-def quantize_rows(x, valid, k, delta, HAS_DELTA: tl.constexpr):
-    """Symmetric codes and scales of the rows of x: (max|x| + delta · sd(x)) / 127, NaN where a row is not finite."""
+def quantize_rows(x, sound, valid, k, delta, HAS_DELTA: tl.constexpr):
+    """Codes of the rows of x, and scales (max|x| + delta · sd(x)) / 127, NaN where a row is not finite or not sound."""
     absmax, finite = row_absmax(x)
+    finite = finite & sound
     x = tl.where(finite, x, 0.0)
     if HAS_DELTA:
         _, variance = row_deviation(x, valid, grid_exponent(absmax), k)

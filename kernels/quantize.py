@@ -5,11 +5,11 @@
     static       q = clamp(rne(x / α)) for one calibrated α
     residual     R = clamp(rne(254 (x - α q) / α))
 
-Shapes: x (M, K) float, any row stride -> codes (M, K) int8, scales (M,) fp32; x is multiplied by an equalizer (K,) first.
+Shapes: x (M, K) float, any row stride, times equalizer (K,) if given -> codes (M, K) int8, scales (M,) fp32.
 Grid: one program per ROWS rows of a tile (ROWS, BLOCK >= K) that stays in registers: every element is read once.
 Rows beyond MAX_TILE elements are read twice (four times with δ) in blocks, by one program each.
 Bytes: (input size + 1) · M · K; about 12 operations an element, so memory bounds it.
-`patchify_quantize` gathers its rows from images; `quantize_qkv` takes per-token rows of q and k and per-channel rows of v.
+`patchify_quantize` gathers its rows from images; the rows of `quantize_qkv` are tokens of q and k and channels of v.
 """
 
 from dataclasses import dataclass
@@ -19,40 +19,34 @@ import triton
 import triton.language as tl
 
 from vqvit.kernels import numerics as nm
-from vqvit.kernels.launch import EXACT, INTERPRETER, absent, device_of, on, row_major, vector
+from vqvit.kernels.launch import EXACT, INTERPRETER, Device, absent, device_of, on, row_major, vector
 
 
 @dataclass(frozen=True)
 class RowConfig:
-    """tile: elements of a program's tile if rows abound; few_rows: if there are fewer rows than multiprocessors · 4;
-    per_warp: elements a warp holds; max_warps."""
+    """tile: least elements of a program (short rows share one); per_warp: elements of a warp."""
 
     tile: int
-    few_rows: int
     per_warp: int
-    max_warps: int
 
 
-# 1024 elements a warp are 32 fp32 registers a thread; a row of 1024 then reduces inside one warp, without a barrier.
-# Few rows (batch 1): one row a program, 8 elements a thread, to reach more multiprocessors.
-ROW_CONFIGS = {
-    90: RowConfig(tile=4096, few_rows=1024, per_warp=1024, max_warps=32),
-    86: RowConfig(tile=4096, few_rows=1024, per_warp=1024, max_warps=32),
-    80: RowConfig(tile=4096, few_rows=1024, per_warp=1024, max_warps=32),
-    INTERPRETER: RowConfig(tile=2**16, few_rows=2**16, per_warp=1024, max_warps=32),
-}
+# Memory bounds these kernels on every architecture, so the number of rows decides and not the architecture.
+MANY_ROWS = RowConfig(tile=1024, per_warp=1024)  # 32 registers a thread; rows up to 1024 reduce in one warp, no barrier
+FEW_ROWS = RowConfig(tile=256, per_warp=256)  # small batches: more warps at work, a shorter chain in each
+INTERPRETED = RowConfig(tile=2**16, per_warp=2**16)  # each tile is a numpy call
+FEW_ROWS_PER_SM = 16  # one warp a row would leave most of a multiprocessor's 64 warps empty
+MAX_WARPS = 32
 MAX_TILE = 16384  # 16 warps of 32 registers
 LONG_BLOCK = 4096
 
 
-def row_config(arch: int, sms: int, m: int, k: int) -> tuple[int, int, int]:
+def row_config(device: Device, m: int, k: int) -> tuple[int, int, int]:
     """(ROWS, BLOCK, num_warps) for m rows of k elements."""
-    config = ROW_CONFIGS[arch]
+    few = FEW_ROWS if m < FEW_ROWS_PER_SM * device.sms else MANY_ROWS
+    config = INTERPRETED if device.arch == INTERPRETER else few
     block = max(32, triton.next_power_of_2(k))
-    few = m < 4 * sms
-    rows = max(1, (config.few_rows if few else config.tile) // block)
-    per_warp = config.per_warp // 4 if few else config.per_warp
-    return rows, block, min(max(1, rows * block // per_warp), config.max_warps)
+    rows = max(1, config.tile // block)
+    return rows, block, min(max(1, rows * block // config.per_warp), MAX_WARPS)
 
 
 @triton.jit
@@ -61,7 +55,7 @@ def _load_rows(x_ptr, equalizer_ptr, rows, cols, stride_xm, M, K):
     inside = (rows[:, None] < M) & (cols[None, :] < K)
     x = nm.to_fp32(tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_xm + cols[None, :], mask=inside, other=0.0))
     if equalizer_ptr is not None:
-        x = x * tl.load(equalizer_ptr + cols, mask=cols < K, other=0.0)[None, :]
+        x = x * tl.load(equalizer_ptr + cols[None, :], mask=cols[None, :] < K, other=0.0)
     return x
 
 
@@ -111,7 +105,7 @@ def _quantize_kernel(
         codes = tl.where(cols[None, :] < K, codes, 0)  # a padded 0 has the code of the zero point
         store_per_row(zero_point_ptr, zero_point, rows, M)
     else:
-        codes, scale = nm.quantize_rows(x, cols[None, :] < K, K, delta, HAS_DELTA)
+        codes, scale = nm.quantize_rows(x, True, cols[None, :] < K, K, delta, HAS_DELTA)
 
     store_per_row(scale_ptr, scale, rows, M)
     _store_rows(codes, codes_ptr, rows, cols, M, K)
@@ -238,9 +232,9 @@ def _patchify_quantize_kernel(
     inside = (rows[:, None] < M) & (cols[None, :] < K)
     x = nm.to_fp32(tl.load(pixels_ptr + corner[:, None] + offset[None, :], mask=inside, other=0.0))
     if equalizer_ptr is not None:
-        x = x * tl.load(equalizer_ptr + cols, mask=cols < K, other=0.0)[None, :]
+        x = x * tl.load(equalizer_ptr + cols[None, :], mask=cols[None, :] < K, other=0.0)
 
-    codes, scale = nm.quantize_rows(x, inside, K, 0.0, False)
+    codes, scale = nm.quantize_rows(x, True, inside, K, 0.0, False)
     store_per_row(scale_ptr, scale, rows, M)
     _store_rows(codes, codes_ptr, rows, cols, M, K)
 
@@ -251,7 +245,7 @@ def _quantize_tokens(x_ptr, codes_ptr, scale_ptr, start, stride_s, S, D, BLOCK_S
     rows = start + tl.arange(0, BLOCK_S)
     cols = tl.arange(0, BLOCK_D)
     x = _load_rows(x_ptr, None, rows, cols, stride_s, S, D)
-    codes, scale = nm.quantize_rows(x, cols[None, :] < D, D, 0.0, False)
+    codes, scale = nm.quantize_rows(x, True, cols[None, :] < D, D, 0.0, False)
     store_per_row(scale_ptr, scale, rows, S)
     _store_rows(codes, codes_ptr, rows, cols, S, D)
 
@@ -264,8 +258,10 @@ def _load_channels(x_ptr, channels, tokens, stride_s, S, D):
 
 
 @triton.jit
-def _quantize_channels(x_ptr, codes_ptr, scale_ptr, start, stride_s, S, D, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Channels start ... start + BLOCK_C of one head's v, over all tokens: a pass for the ranges, a pass for the codes."""
+def _quantize_channels(
+    x_ptr, codes_ptr, scale_ptr, start, stride_s, S, D, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """BLOCK_C channels of one head's v over all tokens: a pass for the ranges, a pass for the codes."""
     channels = start + tl.arange(0, BLOCK_C)
     bits = tl.zeros((BLOCK_C, 1), tl.int32)
     for first in range(0, S, BLOCK_S):
@@ -338,14 +334,13 @@ def _quantize(x, delta, equalizer, static_scale, symmetric, row_sum):
 
     equalizer = vector(equalizer)
     tensors = (x, equalizer, static_scale, codes, scale, zero_point, sums)
-    device = device_of(x)
     with on(x):
         if k > MAX_TILE:
             _quantize_long_kernel[(m,)](
                 *tensors, delta, m, k, x.stride(0), HAS_DELTA=delta != 0.0, BLOCK=LONG_BLOCK, num_warps=8, **EXACT
             )
         else:
-            rows, block, num_warps = row_config(device.arch, device.sms, m, k)
+            rows, block, num_warps = row_config(device_of(x), m, k)
             _quantize_kernel[(triton.cdiv(m, rows),)](
                 *tensors, delta, m, k, x.stride(0), HAS_DELTA=delta != 0.0, ROWS=rows, BLOCK=block,
                 num_warps=num_warps, **EXACT,
@@ -371,7 +366,16 @@ def quantize_residual(x, codes, scale):
         block = min(LONG_BLOCK, max(32, triton.next_power_of_2(k)))
         with on(x):
             _quantize_residual_kernel[(x.shape[0], triton.cdiv(k, block))](
-                x, codes, scale, residual, x.shape[0], k, x.stride(0), BLOCK=block, num_warps=max(1, block // 512), **EXACT
+                x,
+                codes,
+                scale,
+                residual,
+                x.shape[0],
+                k,
+                x.stride(0),
+                BLOCK=block,
+                num_warps=max(1, block // 512),
+                **EXACT,
             )
     return residual
 
@@ -387,8 +391,7 @@ def patchify_quantize(pixels, patch_height, patch_width, equalizer=None):
     scale = torch.empty(m, dtype=torch.float32, device=pixels.device)
     if m == 0:
         return codes, scale
-    device = device_of(pixels)
-    rows, block, num_warps = row_config(device.arch, device.sms, m, k)
+    rows, block, num_warps = row_config(device_of(pixels), m, k)
     equalizer = vector(equalizer)
     with on(pixels):
         _patchify_quantize_kernel[(triton.cdiv(m, rows),)](

@@ -150,7 +150,7 @@ def test_digits():
 
 
 def test_path_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*absent"):
         open_images(tmp_path / "absent", plain)
     with pytest.raises(DataError, match=r"expected a folder with \.jpg.* has none"):
         open_images(tmp_path, plain)
@@ -178,7 +178,7 @@ def test_truncated_image_is_named(tmp_path):
 
 def test_parquet_errors(tmp_path):
     write_parquet(tmp_path / "other.parquet", {"text": ["a"], "label": [0]})
-    with pytest.raises(DataError, match="expected a column img or image in .*; got text, label"):
+    with pytest.raises(DataError, match=r"expected a column img or image in .*; got text, label"):
         open_images(tmp_path / "other.parquet", plain)
     write_parquet(tmp_path / "words.parquet", {"img": [b""], "label": ["cat"]})
     with pytest.raises(DataError, match="expected integers in column label"):
@@ -200,7 +200,7 @@ def test_option_errors(tmp_path, option):
 
 def test_transform_errors(tmp_path):
     with pytest.raises(
-        DataError, match="expected a size, or a model folder with preprocessor_config.json; got neither"
+        DataError, match=r"expected a size, or a model folder with preprocessor_config\.json; got neither"
     ):
         transform_for(tmp_path)
     with pytest.raises(DataError, match="at least 1; got 0"):

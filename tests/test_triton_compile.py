@@ -1,5 +1,7 @@
-"""Every Triton kernel and config compiles, without a GPU, to what its table claims. The compiler runs in a process of its
-own, since this one interprets kernels (see conftest)."""
+"""Every Triton kernel and config compiles, without a GPU, to what its table claims.
+
+The compiler runs in a process of its own, since this one interprets kernels (see conftest).
+"""
 
 import csv
 import os
@@ -21,7 +23,14 @@ def reports(request, tmp_path_factory) -> list[dict]:
     """The rows of the compile gate for one architecture."""
     table = tmp_path_factory.mktemp("compile_gate") / f"{request.param}.csv"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    gate = [sys.executable, str(ROOT / "benchmarks" / "compile_gate.py"), "--arch", str(request.param), "--csv", str(table)]
+    gate = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "compile_gate.py"),
+        "--arch",
+        str(request.param),
+        "--csv",
+        str(table),
+    ]
     done = subprocess.run(gate, env=environment, capture_output=True, text=True, timeout=300)
     assert table.exists(), done.stderr[-2000:]
     assert "Error" not in done.stderr, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""Compiles csrc/ into a shared library. Standard library only: setup.py loads this file by path, without importing vqvit.
+"""Compiles csrc/ into a shared library. Standard library only: setup.py loads this file by path, not through vqvit.
 
 `setup.py` builds into the package, `vqvit.native` into a cache on first use; both call `build_cpu`.
 """
@@ -13,15 +13,15 @@ from pathlib import Path
 
 CPU_LIBRARY = "libvqvit_cpu.so"
 
-# No -march and no fast math: kernels choose their instructions per function and results are fixed to the last bit, so the
-# compiler may fuse multiply and add only where a kernel says fma. sqrt need not set errno.
+# No -march and no fast math: each file of kernels names its instructions, and results are fixed to the last bit:
+# multiply and add fuse only where a kernel says fma. sqrt need not set errno.
 CPU_FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
     "-Wall", "-Wextra",
 )  # fmt: skip
 
-# OpenMP's runtime is not linked: its symbols come from the libgomp that torch has loaded, so that both share one pool of
-# threads. Wheels name their copy libgomp-<hash>.so.1, which a link-time dependency would miss.
+# OpenMP's runtime is not linked: its symbols come from the libgomp that torch has loaded, so that both share one pool
+# of threads. Wheels name their copy libgomp-<hash>.so.1, which a link-time dependency would miss.
 LINK_FLAGS = ("-shared",)
 
 

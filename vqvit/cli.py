@@ -1,7 +1,7 @@
 """The command line: `vqvit quantize | eval | bench | inspect | env | demo`.
 
-Results go to stdout, as text or (`--json`) as one JSON object; progress and errors go to stderr. Exit status: 0, or 2 after
-an error in what was asked for.
+Results go to stdout, as text or (`--json`) as one JSON object; progress and errors go to stderr. Exit status: 0, or 2
+after an error.
 """
 
 import argparse

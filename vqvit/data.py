@@ -160,7 +160,7 @@ def transform_for(model_folder: str | Path | None, size: int | None = None) -> T
 
 @dataclass(frozen=True)
 class Digits:
-    """scikit-learn's 1,797 handwritten digits, scans of 8 x 8 pixels enlarged to 32 x 32: fp32 (N, 3, 32, 32) in [-1, 1]."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 scans enlarged: fp32 (N, 3, 32, 32) in [-1, 1]."""
 
     train_images: Tensor
     train_labels: Tensor

@@ -82,12 +82,14 @@ def open_model(folder: str | Path, device: torch.device | str = "cpu") -> nn.Mod
 
 def import_class(folder: str | Path) -> None:
     """Import the transformers class of a model folder, as opening it would; nothing for other models."""
-    path = Path(folder) / checkpoint.CONFIG
-    if path.is_file():
-        import transformers
+    import transformers
 
-        for name in json.loads(path.read_text()).get("architectures") or ():
-            getattr(transformers, name, None)
+    if is_quantized_folder(folder):
+        names = [checkpoint.read_manifest(folder)["class"]]
+    else:
+        names = json.loads((Path(folder) / checkpoint.CONFIG).read_text()).get("architectures") or []
+    for name in names:
+        getattr(transformers, name, None)
 
 
 def random_like(folder: str | Path) -> nn.Module:

@@ -56,8 +56,8 @@ def evaluate(
 
     Raises:
         TypeError: a batch or an output of unknown type.
-        ValueError: an empty loader or batch; nothing to compare with (no reference, and no labels or no logits); labels in
-            some batches only, or that do not fit the logits; outputs with NaN; outputs of model and reference of
+        ValueError: an empty loader or batch; nothing to compare with (no reference, and no labels or no logits); labels
+            in some batches only, or that do not fit the logits; outputs with NaN; outputs of model and reference of
             different shape.
     """
     sums = _Sums()

@@ -1,4 +1,4 @@
-"""Where a figure comes from: machine, versions, commit and command, and the CSV files that keep them beside the figure."""
+"""Where a figure comes from: machine, versions, commit and command, and the CSV files that keep them beside it."""
 
 import csv
 import importlib.metadata
@@ -85,7 +85,7 @@ def command() -> str:
     """The command line of this process, with every absolute path cut to its last part."""
     program, *arguments = sys.argv or [""]
     shown = [_without_folder(argument) for argument in arguments]
-    return shlex.join([_program(program), *shown])
+    return f"{_program(program)} {shlex.join(shown)}".rstrip()
 
 
 def append_csv(path: str | Path, row: dict) -> None:

@@ -7,8 +7,8 @@ A result document:
                "charts": [{"column": key, "title": str, "low": key, "high": key}, ...]}
     column = {"key": str, "label": str, "format": format spec such as ".2f"}
 
-Rows hold raw values: the format belongs to the column. A value that is missing or None shows as a dash. `low` and `high`
-are optional: keys of the ends of an error bar. The first column names the row.
+Rows hold raw values: the format belongs to the column. A value that is missing or None shows as a dash. `low` and
+`high` are optional: keys of the ends of an error bar. The first column names the row.
 """
 
 import base64
@@ -97,8 +97,8 @@ def to_html(document: dict) -> str:
         body += [_html_chart(section, chart) for chart in section.get("charts", ())]
         body += [f'<p class="note">{html.escape(note)}</p>' for note in section.get("notes", ())]
     body += ["<h2>Environment</h2>", _html_table(["", ""], _environment_rows(document))]
-    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>'
-    return head + "<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    head = f'<head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>'
+    return f'<!doctype html>\n<html lang="en">{head}<body>\n' + "\n".join(body) + "\n</body></html>\n"
 
 
 def cells(section: dict) -> tuple[list[str], list[list[str]]]:
@@ -165,7 +165,7 @@ def _html_chart(section: dict, chart: dict) -> str:
 
 
 def _bar_chart(section: dict, chart: dict) -> bytes | None:
-    """Horizontal bars, one a row that has the value, with error bars if the chart names them; None without matplotlib."""
+    """Horizontal bars, one a row that has the value, error bars if the chart names them; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

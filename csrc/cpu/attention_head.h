@@ -19,6 +19,7 @@ struct HeadScratch {
     int8_t* k;             // panels of k, (keys, head_dim)
     int8_t* v;             // panels of vᵀ, (head_dim, keys)
     float* k_scale;        // (key_columns), zero beyond the keys
+    float k_scale_absmax;
     uint8_t* q;            // kRows prepared rows
     uint8_t* p;            // kRows rows of u8 numerators
     uint8_t* p_prepared;   // kRows rows of them as the tile reads them
@@ -59,81 +60,80 @@ struct HeadScratch {
     }
 };
 
-// Panels of the transpose of v, (keys, head_dim): what pack_panel makes of vᵀ, without column sums (P is unsigned).
-inline void pack_values(const int8_t* v, int64_t keys, int64_t head_dim, int8_t* panels) {
-    for (int64_t d0 = 0; d0 < head_dim; d0 += kPanel, panels += panel_bytes(keys)) {
-        const int64_t columns = head_dim - d0 < kPanel ? head_dim - d0 : kPanel;
-        std::memset(panels, 0, static_cast<size_t>(panel_bytes(keys)));
-        for (int64_t j = 0; j < keys; ++j) {
-            int8_t* target = panels + j / kKGroup * kGroupBytes + j % kKGroup;
-            for (int64_t d = 0; d < columns; ++d) target[d * kKGroup] = v[j * head_dim + d0 + d];
-        }
-    }
-}
-
-// Logits to numerators p[0..key_columns). Returns Σ e, or NaN if a logit is NaN or the largest is not finite.
+// acc to logits, in place; returns their maximum, or NaN if a logit is NaN or the maximum is not finite: then every
+// numerator of the row is NaN.
 template <class V>
-float softmax_row(int32_t* accumulators, const HeadScratch& s, int64_t keys, float row_factor, uint8_t* p) {
-    float* logits = reinterpret_cast<float*>(accumulators);
+float logits_row(int32_t* acc, const HeadScratch& s, int64_t keys, float row_factor) {
+    float* logits = reinterpret_cast<float*>(acc);
     const typename V::F factor = V::set(row_factor), lowest = V::set(-INFINITY);
     typename V::F largest = lowest;
-    typename V::F poison = V::set(0.0f);  // l · 0 summed: NaN as soon as a logit is not finite
-    for (int64_t j = 0; j < keys; j += V::lanes) {
+    for_vectors<V>(keys, [&](int64_t j, auto extent) {
         const typename V::F scale = V::mul(factor, V::load(s.k_scale + j));
-        typename V::F l = V::mul(scale, V::to_float(V::load_i(accumulators + j)));
-        poison = V::fma(l, V::set(0.0f), poison);
-        if (j + V::lanes > keys) l = V::first_or(l, static_cast<int>(keys - j), lowest);
+        const typename V::F l = keep_or<V>(V::mul(scale, V::to_float(V::load_i(acc + j))), extent, lowest);
         V::store(logits + j, l);
         largest = V::max(l, largest);
-    }
+    });
     const float top = V::reduce_max(largest);
-    if (V::reduce_max_i(magnitude_bits<V>(poison)) >= kInfinityBits) {  // overflow: -Inf alone is harmless
-        if (!std::isfinite(top)) return NAN;
+    if (!std::isfinite(top)) return NAN;
+    if (!std::isfinite(row_factor * s.k_scale_absmax)) {  // a factor overflows, so Inf · 0 = NaN is possible
         for (int64_t j = 0; j < keys; ++j) {
             if (std::isnan(logits[j])) return NAN;
         }
     }
+    return top;
+}
+
+// p[j] = e_j = rne(255 · 2^(logits[j] - top)), zero up to a whole vector; returns Σ e_j.
+template <class V>
+int32_t numerators_row(const int32_t* acc, int64_t keys, float top, uint8_t* p) {
+    const float* logits = reinterpret_cast<const float*>(acc);
+    const typename V::F reference = V::set(top);
     typename V::I total = V::set_i(0);
+#pragma GCC unroll 4
     for (int64_t j = 0; j < keys; j += V::lanes) {
-        const typename V::F power = exp2<V>(V::sub(V::load(logits + j), V::set(top)));
+        const typename V::F power = exp2<V>(V::sub(V::load(logits + j), reference));
         const typename V::I e = V::to_int(V::mul(power, V::set(kPSteps)));
         V::store_low_byte(p + j, e);
         total = V::add_i(total, e);
     }
-    return static_cast<float>(V::reduce_add_i(total));
+    return V::reduce_add_i(total);
 }
 
 template <class V>
 void store_head_row(
     const AttentionTask& t, char* out, const int32_t* acc, const float* v_scale, int64_t d0, float total) {
     const typename V::F inverse = V::set(1.0f / total);
-    for (int64_t i = 0; i < kPanel && d0 + i < t.head_dim; i += V::lanes) {
-        const typename V::F mean = V::mul(V::to_float(V::load_i(acc + i)), inverse);
-        const typename V::F y = V::mul(mean, load_padded<V>(v_scale, VQVIT_F32, d0 + i, t.head_dim));
-        store_padded<V>(out, t.dtype, d0 + i, t.head_dim, y);
-    }
+    with_dtype(t.dtype, [&](auto dtype) {
+        for_vectors<V>(t.head_dim - d0 < kPanel ? t.head_dim - d0 : kPanel, [&](int64_t i, auto extent) {
+            const typename V::F mean = V::mul(V::to_float(V::load_i(acc + i)), inverse);
+            const typename V::F y = V::mul(mean, load_row<V>(v_scale, d0 + i, extent));
+            store_as<V>(out, d0 + i, y, dtype, extent);
+        });
+    });
 }
 
 template <class V, class Dot>
 void attention_head(const AttentionTask& t, int64_t batch, int64_t head, int64_t first, int64_t last) {
     const int64_t bh = batch * t.heads + head, d = t.head_dim;
     const int64_t q_stride = ceil_div(d, kKGroup) * Dot::kGroupBytes;
-    const HeadScratch s(t, Dot::kRows, Dot::kGroupBytes);
+    HeadScratch s(t, Dot::kRows, Dot::kGroupBytes);
     const int64_t p_stride = s.value_groups * Dot::kGroupBytes;
 
-    // Pack the head's keys and values; add up what poisons every query.
+    // Pack the head's keys and values.
     const int8_t* k = t.k + bh * t.keys * d;
     for (int64_t panel = 0; panel < s.key_panels; ++panel) {
         const int64_t j = panel * kPanel, columns = t.keys - j < kPanel ? t.keys - j : kPanel;
         Dot::pack_panel(k + j * d, d, columns, d, s.k + panel * panel_bytes(d));
     }
-    pack_values(t.v + bh * t.keys * d, t.keys, d, s.v);
-    const float* k_scale = t.k_scale + bh * t.keys;
-    float poison = 0.0f;
-    for (int64_t j = 0; j < s.key_columns; ++j) {
-        s.k_scale[j] = j < t.keys ? k_scale[j] : 0.0f;
-        poison += s.k_scale[j] * 0.0f;
+    const int8_t* v = t.v + bh * t.keys * d;
+    for (int64_t d0 = 0; d0 < d; d0 += kPanel) {
+        const int64_t columns = d - d0 < kPanel ? d - d0 : kPanel;
+        Dot::pack_transposed(v + d0, d, columns, t.keys, s.v + d0 / kPanel * panel_bytes(t.keys));
     }
+    const Row k_scale = read_row<V>(t.k_scale + bh * t.keys, Dtype<VQVIT_F32>{}, t.keys, nullptr, nullptr);
+    std::memset(s.k_scale, 0, static_cast<size_t>(s.key_columns) * sizeof(float));
+    std::memcpy(s.k_scale, k_scale.x, static_cast<size_t>(t.keys) * sizeof(float));
+    s.k_scale_absmax = from_bits(k_scale.absmax_bits);
 
     const int64_t out_row_bytes = t.heads * d * dtype_size(t.dtype);
     char* out = static_cast<char*>(t.out) + batch * t.queries * out_row_bytes + head * d * dtype_size(t.dtype);
@@ -152,13 +152,17 @@ void attention_head(const AttentionTask& t, int64_t batch, int64_t head, int64_t
                 s.logits + panel * kPanel, s.key_columns);
         }
 
-        // Softmax numerators.
-        float total[Dot::kRows];
+        // Softmax numerators. A scale that is not finite poisons its query, or every query if it is a key's.
+        float top[Dot::kRows], total[Dot::kRows];
         for (int r = 0; r < rows; ++r) {
             const float row_factor = t.q_scale[bh * t.queries + i + r] * t.logit_scale;
+            top[r] = logits_row<V>(s.logits + r * s.key_columns, s, t.keys, row_factor);
+            if (!k_scale.finite() || !std::isfinite(row_factor)) top[r] = NAN;
+        }
+        for (int r = 0; r < rows; ++r) {
             uint8_t* p = s.p + r * s.key_columns;
-            total[r] = softmax_row<V>(s.logits + r * s.key_columns, s, t.keys, row_factor, p);
-            total[r] += row_factor * 0.0f + poison;
+            const int32_t sum = numerators_row<V>(s.logits + r * s.key_columns, t.keys, top[r], p);
+            total[r] = std::isnan(top[r]) ? NAN : static_cast<float>(sum);
             Dot::prepare(reinterpret_cast<const int8_t*>(p), t.keys, true, s.p_prepared + r * p_stride);
         }
 

@@ -5,7 +5,8 @@
 //   kGroupBytes       bytes that four input channels of one row take once prepared
 //   prepare           one row of codes (s8, or u8 if `is_unsigned`) in the layout the tile reads, zero padded to groups
 //   tile              out[r][n] = Σ_k a[r][k] b[n][k] for `rows` <= kRows rows and 16 · `vectors` columns of a panel
-//   pack_panel        see pack_panel_portable
+//   pack_panel        one panel from rows of b: see pack_panel_portable
+//   pack_transposed   one panel from columns of b, without sums: see pack_transposed_portable
 #pragma once
 
 #include <cstring>
@@ -30,6 +31,15 @@ inline void pack_panel_portable(const int8_t* b, int64_t b_stride, int64_t colum
         for (int64_t i = 0; i < k; ++i) sums[n] += row[i];
     }
     std::memcpy(panel + groups * kGroupBytes, sums, sizeof sums);
+}
+
+// One panel from v, (k, columns) with rows v_stride apart: groups of (64 columns, 4 rows). No column sums.
+inline void pack_transposed_portable(const int8_t* v, int64_t v_stride, int64_t columns, int64_t k, int8_t* panel) {
+    std::memset(panel, 0, static_cast<size_t>(ceil_div(k, kKGroup) * kGroupBytes));
+    for (int64_t i = 0; i < k; ++i) {
+        int8_t* target = panel + i / kKGroup * kGroupBytes + i % kKGroup;
+        for (int64_t n = 0; n < columns; ++n) target[n * kKGroup] = v[i * v_stride + n];
+    }
 }
 
 struct DotScalar {
@@ -61,6 +71,10 @@ struct DotScalar {
 
     static void pack_panel(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel) {
         pack_panel_portable(b, b_stride, columns, k, panel);
+    }
+
+    static void pack_transposed(const int8_t* v, int64_t v_stride, int64_t columns, int64_t k, int8_t* panel) {
+        pack_transposed_portable(v, v_stride, columns, k, panel);
     }
 };
 

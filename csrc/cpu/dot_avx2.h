@@ -9,7 +9,7 @@ namespace vqvit {
 namespace {
 
 struct DotAvx2 {
-    static constexpr int kRows = 4;  // 4 rows x 16 columns: 8 accumulators, 4 weights, 2 activations of 16 registers
+    static constexpr int kRows = 6;  // x 16 columns: 12 accumulators, 2 weights, 1 activation, 1 product: 16 registers
     static constexpr int kGroupBytes = kKGroup * sizeof(int16_t);
 
     // A group (a0, a1, a2, a3) is stored as int16 (a0, a2, a1, a3): the pairs that even and odd weight bytes meet.
@@ -30,34 +30,42 @@ struct DotAvx2 {
         }
     }
 
+    // acc += weights · activations for pairs (even: channels 0 and 2 of a group; odd: 1 and 3) of 16 columns.
+    template <int R>
+    static void add_pairs(__m256i (&acc)[R][2], const __m256i (&weights)[2], const uint8_t* a, int64_t a_stride) {
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+            int32_t pair;
+            std::memcpy(&pair, a + r * a_stride, sizeof pair);
+            const __m256i activations = _mm256_set1_epi32(pair);
+            acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(weights[0], activations));
+            acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(weights[1], activations));
+            // Keeps GCC from adding even and odd products first, which would need twelve registers more.
+            asm("" : "+x"(acc[r][0]), "+x"(acc[r][1]));
+        }
+    }
+
     template <int R>
     static void tile_16(
         const uint8_t* a, int64_t a_stride, const int8_t* b, int64_t groups, int32_t* out, int64_t out_stride) {
         __m256i acc[R][2];
-        for (auto& row : acc) row[0] = row[1] = _mm256_setzero_si256();
-        for (int64_t g = 0; g < groups; ++g) {
-            const __m256i* weights = reinterpret_cast<const __m256i*>(b + g * vqvit::kGroupBytes);
-            __m256i even[2], odd[2];
-            for (int v = 0; v < 2; ++v) {
-                const __m256i w = _mm256_loadu_si256(weights + v);
-                even[v] = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
-                odd[v] = _mm256_srai_epi16(w, 8);
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                int32_t pair[2];
-                std::memcpy(pair, a + r * a_stride + g * kGroupBytes, sizeof pair);
-                const __m256i a_even = _mm256_set1_epi32(pair[0]), a_odd = _mm256_set1_epi32(pair[1]);
-                for (int v = 0; v < 2; ++v) {
-                    acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(even[v], a_even));
-                    acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(odd[v], a_odd));
-                }
-            }
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+        for (int64_t g = 0; g < groups; ++g, a += kGroupBytes, b += vqvit::kGroupBytes) {
+            const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+            const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b) + 1);
+            const __m256i even[2] = {
+                _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8),
+                _mm256_srai_epi16(_mm256_slli_epi16(w1, 8), 8),
+            };
+            add_pairs<R>(acc, even, a, a_stride);
+            const __m256i odd[2] = {_mm256_srai_epi16(w0, 8), _mm256_srai_epi16(w1, 8)};
+            add_pairs<R>(acc, odd, a + kGroupBytes / 2, a_stride);
         }
+#pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
-            for (int v = 0; v < 2; ++v) {
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * out_stride + v * 8), acc[r][v]);
-            }
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * out_stride), acc[r][0]);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * out_stride) + 1, acc[r][1]);
         }
     }
 
@@ -65,7 +73,7 @@ struct DotAvx2 {
         int rows, int vectors, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, bool,
         int32_t* out, int64_t out_stride) {
         using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*, int64_t);
-        static constexpr Tile by_rows[kRows] = {tile_16<1>, tile_16<2>, tile_16<3>, tile_16<4>};
+        static constexpr Tile by_rows[kRows] = {tile_16<1>, tile_16<2>, tile_16<3>, tile_16<4>, tile_16<5>, tile_16<6>};
         for (int v = 0; v < vectors; ++v) {
             by_rows[rows - 1](a, a_stride, panel + v * 16 * kKGroup, groups, out + v * 16, out_stride);
         }
@@ -73,6 +81,10 @@ struct DotAvx2 {
 
     static void pack_panel(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel) {
         pack_panel_portable(b, b_stride, columns, k, panel);
+    }
+
+    static void pack_transposed(const int8_t* v, int64_t v_stride, int64_t columns, int64_t k, int8_t* panel) {
+        pack_transposed_portable(v, v_stride, columns, k, panel);
     }
 };
 

@@ -80,8 +80,86 @@ struct DotAvx512Vnni {
         by_shape[rows - 1][vectors - 1](a, a_stride, panel, groups, is_unsigned, out, out_stride);
     }
 
+    // Sixteen rows of 16 groups become 16 groups of 16 rows: a transpose of 4-byte elements.
+    static void transpose_16x16(__m512i (&r)[16]) {
+        __m512i t[16];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {  // r[4 i + c]: column c of rows 4 i .. 4 i + 3, in every 128-bit lane
+            r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+            r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+            r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+            r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) {
+            t[0] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);  // lanes 0, 2 of both
+            t[1] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);  // lanes 1, 3
+            t[2] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+            t[3] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+            r[c] = _mm512_shuffle_i32x4(t[0], t[2], 0x88);
+            r[4 + c] = _mm512_shuffle_i32x4(t[1], t[3], 0x88);
+            r[8 + c] = _mm512_shuffle_i32x4(t[0], t[2], 0xdd);
+            r[12 + c] = _mm512_shuffle_i32x4(t[1], t[3], 0xdd);
+        }
+    }
+
     static void pack_panel(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel) {
-        pack_panel_portable(b, b_stride, columns, k, panel);
+        const int64_t groups = ceil_div(k, kKGroup);
+        const __m512i ones = _mm512_set1_epi8(1);
+        for (int64_t n = 0; n < kPanel; n += kColumns) {
+            __m512i sums = _mm512_setzero_si512();
+            for (int64_t g = 0; g < groups; g += 16) {
+                const int64_t left = k - g * kKGroup;
+                const __mmask64 valid = left >= 64 ? ~__mmask64{0} : ~__mmask64{0} >> (64 - left);
+                __m512i r[16];
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; ++i) {
+                    const __mmask64 mask = n + i < columns ? valid : 0;
+                    r[i] = _mm512_maskz_loadu_epi8(mask, b + (n + i) * b_stride + g * kKGroup);
+                }
+                transpose_16x16(r);
+                int8_t* target = panel + g * vqvit::kGroupBytes + n * kKGroup;
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; ++i) {
+                    if (g + i < groups) _mm512_storeu_si512(target + i * vqvit::kGroupBytes, r[i]);
+                    sums = _mm512_dpbusd_epi32(sums, ones, r[i]);
+                }
+            }
+            _mm512_storeu_si512(panel + groups * vqvit::kGroupBytes + n * kKGroup, sums);
+        }
+    }
+
+    // Four rows of 64 columns become one group: their bytes interleaved.
+    static void pack_transposed(const int8_t* v, int64_t v_stride, int64_t columns, int64_t k, int8_t* panel) {
+        const __mmask64 valid = columns >= 64 ? ~__mmask64{0} : ~__mmask64{0} >> (64 - columns);
+        for (int64_t i = 0; i < k; i += kKGroup, v += kKGroup * v_stride, panel += vqvit::kGroupBytes) {
+            __m512i r[kKGroup], t[kKGroup];
+#pragma GCC unroll 4
+            for (int j = 0; j < kKGroup; ++j) {
+                r[j] = _mm512_maskz_loadu_epi8(i + j < k ? valid : 0, v + j * v_stride);
+            }
+            t[0] = _mm512_unpacklo_epi8(r[0], r[1]);
+            t[1] = _mm512_unpackhi_epi8(r[0], r[1]);
+            t[2] = _mm512_unpacklo_epi8(r[2], r[3]);
+            t[3] = _mm512_unpackhi_epi8(r[2], r[3]);
+            r[0] = _mm512_unpacklo_epi16(t[0], t[2]);  // columns 0-3 of every 16
+            r[1] = _mm512_unpackhi_epi16(t[0], t[2]);  // 4-7
+            r[2] = _mm512_unpacklo_epi16(t[1], t[3]);  // 8-11
+            r[3] = _mm512_unpackhi_epi16(t[1], t[3]);  // 12-15
+            t[0] = _mm512_shuffle_i32x4(r[0], r[1], 0x44);  // lanes 0, 1 of both: columns 0-3, 16-19, 4-7, 20-23
+            t[1] = _mm512_shuffle_i32x4(r[2], r[3], 0x44);
+            t[2] = _mm512_shuffle_i32x4(r[0], r[1], 0xee);  // lanes 2, 3 of both
+            t[3] = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
+            _mm512_storeu_si512(panel, _mm512_shuffle_i32x4(t[0], t[1], 0x88));
+            _mm512_storeu_si512(panel + 64, _mm512_shuffle_i32x4(t[0], t[1], 0xdd));
+            _mm512_storeu_si512(panel + 128, _mm512_shuffle_i32x4(t[2], t[3], 0x88));
+            _mm512_storeu_si512(panel + 192, _mm512_shuffle_i32x4(t[2], t[3], 0xdd));
+        }
     }
 };
 

@@ -53,6 +53,25 @@ inline void subtract_zero_points(typename V::I (&acc)[N], const vqvit_gemm& g, c
     }
 }
 
+// body(v, extent) for each of a row's vectors that holds columns of the matrix.
+template <class V, class Body>
+inline void for_columns(const PanelColumns& c, const Body& body) {
+    constexpr int kVectors = kPanel / V::lanes;
+    if (c.count == kPanel) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) body(v, Whole{});
+        return;
+    }
+    for (int v = 0; v * V::lanes < c.count; ++v) {
+        const int64_t left = c.count - v * V::lanes;
+        if (left >= V::lanes) {
+            body(v, Whole{});
+        } else {
+            body(v, Part{static_cast<int>(left)});
+        }
+    }
+}
+
 template <class V, int N>
 inline void add_residual(typename V::F (&y)[N], const vqvit_gemm& g, const PanelColumns& c, int64_t m) {
     if (g.residual == nullptr) {
@@ -60,14 +79,14 @@ inline void add_residual(typename V::F (&y)[N], const vqvit_gemm& g, const Panel
         for (int v = 0; v < N; ++v) y[v] = V::mul(y[v], V::load(c.layer_scale + v * V::lanes));
         return;
     }
-    const int64_t size = dtype_size(g.residual_dtype);
-    const char* residual = static_cast<const char*>(g.residual) + (m * g.n + c.first) * size;
-    for (int v = 0; v < N; ++v) {
-        typename V::F base = V::set(0.0f);
-        if (v * V::lanes < c.count) base = load_padded<V>(residual, g.residual_dtype, v * V::lanes, c.count);
-        y[v] = g.layer_scale == nullptr ? V::add(base, y[v])
-                                        : V::fma(y[v], V::load(c.layer_scale + v * V::lanes), base);
-    }
+    with_dtype(g.residual_dtype, [&](auto dtype) {
+        const char* residual = static_cast<const char*>(g.residual) + (m * g.n + c.first) * dtype.size;
+        for_columns<V>(c, [&](int v, auto extent) {
+            const typename V::F base = load_as<V>(residual, v * V::lanes, dtype, extent);
+            y[v] = g.layer_scale == nullptr ? V::add(base, y[v])
+                                            : V::fma(y[v], V::load(c.layer_scale + v * V::lanes), base);
+        });
+    });
 }
 
 // Static codes of a row's columns. Several panels share a row's scale and sum: NaN is written by whoever meets it, sums
@@ -77,12 +96,10 @@ inline void store_static_codes(typename V::F (&y)[N], const GemmTask& t, const P
     int8_t* codes = static_cast<int8_t*>(t.out) + m * t.out_stride + c.first;
     const typename V::F scale = V::set(*t.static_scale);
     typename V::I largest = V::set_i(0);
-    for (int v = 0; v < N && v * V::lanes < c.count; ++v) {
-        store_codes<V>(codes, v * V::lanes, c.count, to_codes<V>(y[v], scale));
-        const int64_t valid = c.count - v * V::lanes;
-        if (valid < V::lanes) y[v] = V::first_or(y[v], static_cast<int>(valid), V::set(0.0f));
-        largest = V::max_i(largest, magnitude_bits<V>(y[v]));
-    }
+    for_columns<V>(c, [&](int v, auto extent) {
+        store_codes<V>(codes + v * V::lanes, to_codes<V>(y[v], scale), extent);
+        largest = V::max_i(largest, magnitude_bits<V>(keep<V>(y[v], extent)));
+    });
     if (V::reduce_max_i(largest) >= kInfinityBits) {
         const float poison = NAN;
         __atomic_store(t.scale + m, &poison, __ATOMIC_RELAXED);
@@ -102,10 +119,10 @@ inline void finish_row(typename V::F (&acc)[N], const GemmTask& t, const PanelCo
     activate<V>(acc, g.activation);
     add_residual<V>(acc, g, c, m);
     if (t.store == Store::kStaticCodes) return store_static_codes<V>(acc, t, c, m);
-    char* out = static_cast<char*>(t.out) + (m * t.out_stride + c.first) * dtype_size(t.dtype);
-    for (int v = 0; v < N && v * V::lanes < c.count; ++v) {
-        store_padded<V>(out, t.dtype, v * V::lanes, c.count, acc[v]);
-    }
+    with_dtype(t.dtype, [&](auto dtype) {
+        char* out = static_cast<char*>(t.out) + (m * t.out_stride + c.first) * dtype.size;
+        for_columns<V>(c, [&](int v, auto extent) { store_as<V>(out, v * V::lanes, acc[v], dtype, extent); });
+    });
 }
 
 template <class V>

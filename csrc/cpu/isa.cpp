@@ -11,6 +11,7 @@ const Kernels* const kTables[] = {  // best last
     &kScalarKernels,
 #if defined(__x86_64__)
     &kAvx2Kernels,
+    &kAvxVnniKernels,
     &kAvx512VnniKernels,
 #endif
 };

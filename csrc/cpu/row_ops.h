@@ -7,160 +7,176 @@
 namespace vqvit {
 namespace {
 
-inline float* row_scratch(int64_t k) {
-    return static_cast<float*>(scratch(Slot::kRow, padded_length(k) * static_cast<int64_t>(sizeof(float))));
+// `rows` fp32 rows of k elements, each with room for a whole last vector.
+inline float* row_scratch(int64_t k, int64_t rows = 1) {
+    return static_cast<float*>(scratch(Slot::kRow, rows * padded_length(k) * int64_t{sizeof(float)}));
 }
 
 template <class V>
 void quantize_rows(const QuantizeRows& t, int64_t first, int64_t last) {
-    float* row = row_scratch(t.k);
-    for (int64_t m = first; m < last; ++m) {
-        const int32_t absmax_bits = load_row<V>(t.x, t.dtype, m * t.k, t.k, t.equalizer, row);
-        quantize_row<V>(row, absmax_bits, t.k, t.out, m);
-    }
+    float* buffer = row_scratch(t.k);
+    with_dtype(t.dtype, [&](auto dtype) {
+        const char* x = static_cast<const char*>(t.x);
+        for (int64_t m = first; m < last; ++m) {
+            const Row row = read_row<V>(x + m * t.k * dtype.size, dtype, t.k, t.equalizer, buffer);
+            quantize_row<V>(row, t.k, t.out, m);
+        }
+    });
 }
 
 // R = rne(254 (x - α q) / α).
 template <class V>
 void quantize_residual(const QuantizeResidual& t, int64_t first, int64_t last) {
-    float* row = row_scratch(t.k);
-    for (int64_t m = first; m < last; ++m) {
-        load_row<V>(t.x, t.dtype, m * t.k, t.k, nullptr, row);
-        const typename V::F scale = V::set(t.scale[m]);
-        alignas(64) int8_t tail[V::lanes] = {};
-        for (int64_t i = 0; i < t.k; i += V::lanes) {
-            const int8_t* codes = t.codes + m * t.k + i;
-            if (i + V::lanes > t.k) {
-                std::memcpy(tail, codes, static_cast<size_t>(t.k - i));
-                codes = tail;
-            }
-            const typename V::F approximation = V::mul(scale, V::to_float(V::load_s8(codes)));
-            const typename V::F remainder = V::sub(V::load(row + i), approximation);
-            const typename V::I residual = to_codes<V>(V::mul(V::set(kResidualSteps), remainder), scale);
-            store_codes<V>(t.residual_codes + m * t.k, i, t.k, residual);
+    with_dtype(t.dtype, [&](auto dtype) {
+        for (int64_t m = first; m < last; ++m) {
+            const char* x = static_cast<const char*>(t.x) + m * t.k * dtype.size;
+            const int8_t* codes = t.codes + m * t.k;
+            int8_t* out = t.residual_codes + m * t.k;
+            const typename V::F scale = V::set(t.scale[m]);
+            for_vectors<V>(t.k, [&](int64_t i, auto extent) {
+                const typename V::F q = V::to_float(load_codes<V>(codes + i, extent));
+                const typename V::F remainder = V::sub(load_as<V>(x, i, dtype, extent), V::mul(scale, q));
+                store_codes<V>(out + i, to_codes<V>(V::mul(V::set(kResidualSteps), remainder), scale), extent);
+            });
         }
-    }
+    });
 }
 
-// row = fma((row - mean) · rstd, weight, bias), in place. Returns the bits of its largest magnitude; a row with NaN or
-// Inf becomes NaN.
+// y = fma((x - mean) · rstd, weight, bias); a row with NaN or Inf becomes NaN. y may be row.x.
 template <class V>
-int32_t normalize_row(float* row, int32_t absmax_bits, const LayerNormRows& t) {
-    typename V::F center = V::set(NAN), rstd = V::set(NAN);
-    if (absmax_bits < kInfinityBits) {
-        const int exponent = grid_exponent(absmax_bits);
-        const float mean = row_mean<V>(row, t.k, exponent);
-        const float variance = row_variance<V>(row, t.k, mean, exponent);
-        const float spread = t.paper ? std::sqrt(variance) + t.eps : std::sqrt(variance + t.eps);
-        center = V::set(mean);
-        rstd = V::set(1.0f / spread);
+Row normalize_row(const Row& row, const LayerNormRows& t, float* y) {
+    float mean = NAN, rstd = NAN;
+    if (row.finite()) {
+        const int exponent = grid_exponent(row.absmax_bits);
+        mean = row_mean<V>(row.x, t.k, exponent);
+        const float variance = row_variance<V>(row.x, t.k, mean, exponent);
+        rstd = 1.0f / (t.paper ? std::sqrt(variance) + t.eps : std::sqrt(variance + t.eps));
     }
+    const typename V::F center = V::set(mean), factor = V::set(rstd);
     typename V::I largest = V::set_i(0);
-    for (int64_t i = 0; i < t.k; i += V::lanes) {
-        const typename V::F weight = load_padded<V>(t.weight, VQVIT_F32, i, t.k);
-        const typename V::F bias = load_padded<V>(t.bias, VQVIT_F32, i, t.k);
-        typename V::F y = V::fma(V::mul(V::sub(V::load(row + i), center), rstd), weight, bias);
-        if (i + V::lanes > t.k) y = V::first_or(y, static_cast<int>(t.k - i), V::set(0.0f));
-        V::store(row + i, y);
-        largest = V::max_i(largest, magnitude_bits<V>(y));
-    }
-    return V::reduce_max_i(largest);
+    for_vectors<V>(t.k, [&](int64_t i, auto extent) {
+        const typename V::F normalized = V::mul(V::sub(load_row<V>(row.x, i, extent), center), factor);
+        const typename V::F scaled =
+            V::fma(normalized, load_row<V>(t.weight, i, extent), load_row<V>(t.bias, i, extent));
+        const typename V::F v = keep<V>(scaled, extent);
+        V::store(y + i, v);
+        largest = V::max_i(largest, magnitude_bits<V>(v));
+    });
+    return {y, V::reduce_max_i(largest)};
 }
 
-// row = residual + layer_scale ∘ row rounded to residual's dtype; also stored to the stream.
-template <class V>
-int32_t add_residual_row(float* row, const LayerNormRows& t, int64_t m) {
-    typename V::I largest = V::set_i(0);
-    const int64_t offset = m * t.k * dtype_size(t.residual_dtype);
+// stream = residual + layer_scale ∘ x, rounded to residual's dtype, and as an fp32 row.
+template <class V, int D>
+Row add_residual_row(const float* x, const LayerNormRows& t, Dtype<D> dtype, int64_t m, float* sum) {
+    const int64_t offset = m * t.k * dtype.size;
     const char* residual = static_cast<const char*>(t.residual) + offset;
     char* stream = static_cast<char*>(t.stream) + offset;
-    for (int64_t i = 0; i < t.k; i += V::lanes) {
-        typename V::F y = V::load(row + i);
-        const typename V::F base = load_padded<V>(residual, t.residual_dtype, i, t.k);
-        y = t.layer_scale == nullptr ? V::add(base, y)
-                                     : V::fma(y, load_padded<V>(t.layer_scale, VQVIT_F32, i, t.k), base);
-        store_padded<V>(stream, t.residual_dtype, i, t.k, y);
-        if (t.residual_dtype != VQVIT_F32) y = load_padded<V>(stream, t.residual_dtype, i, t.k);
-        V::store(row + i, y);
+    typename V::I largest = V::set_i(0);
+    for_vectors<V>(t.k, [&](int64_t i, auto extent) {
+        const typename V::F base = load_as<V>(residual, i, dtype, extent);
+        typename V::F y = load_row<V>(x, i, extent);
+        y = t.layer_scale == nullptr ? V::add(base, y) : V::fma(y, load_row<V>(t.layer_scale, i, extent), base);
+        store_as<V>(stream, i, y, dtype, extent);
+        if (D != VQVIT_F32) y = load_as<V>(stream, i, dtype, extent);
+        V::store(sum + i, y);
         largest = V::max_i(largest, magnitude_bits<V>(y));
-    }
-    return V::reduce_max_i(largest);
+    });
+    return {sum, V::reduce_max_i(largest)};
 }
 
 template <class V>
 void layernorm_rows(const LayerNormRows& t, int64_t first, int64_t last) {
-    float* row = row_scratch(t.k);
-    for (int64_t m = first; m < last; ++m) {
-        int32_t absmax_bits = load_row<V>(t.x, t.dtype, m * t.k, t.k, nullptr, row);
-        if (t.residual != nullptr) absmax_bits = add_residual_row<V>(row, t, m);
-        quantize_row<V>(row, normalize_row<V>(row, absmax_bits, t), t.k, t.out, m);
-    }
+    float* buffer = row_scratch(t.k);
+    with_dtype(t.dtype, [&](auto dtype) {
+        const char* x = static_cast<const char*>(t.x);
+        for (int64_t m = first; m < last; ++m) {
+            Row row = read_row<V>(x + m * t.k * dtype.size, dtype, t.k, nullptr, buffer);
+            if (t.residual != nullptr) {
+                with_dtype(t.residual_dtype, [&](auto residual_dtype) {
+                    row = add_residual_row<V>(row.x, t, residual_dtype, m, buffer);
+                });
+            }
+            quantize_row<V>(normalize_row<V>(row, t, buffer), t.k, t.out, m);
+        }
+    });
 }
 
 // Row m is patch (batch, y, x) in raster order: channels · patch_height runs of patch_width pixels.
 template <class V>
 void patchify_rows(const Patchify& t, int64_t first, int64_t last) {
     const int64_t patches_x = t.width / t.patch_width, patches_y = t.height / t.patch_height;
-    const int64_t k = t.channels * t.patch_height * t.patch_width, size = dtype_size(t.dtype);
-    float* row = row_scratch(2 * padded_length(k));
-    char* gathered = reinterpret_cast<char*>(row + padded_length(k));
-    const char* pixels = static_cast<const char*>(t.pixels);
-    for (int64_t m = first; m < last; ++m) {
-        const int64_t x = m % patches_x * t.patch_width, y = m / patches_x % patches_y * t.patch_height;
-        const int64_t batch = m / (patches_x * patches_y);
-        char* target = gathered;
-        for (int64_t c = 0; c < t.channels; ++c) {
-            for (int64_t dy = 0; dy < t.patch_height; ++dy) {
-                const int64_t source = ((batch * t.channels + c) * t.height + y + dy) * t.width + x;
-                std::memcpy(target, pixels + source * size, static_cast<size_t>(t.patch_width * size));
-                target += t.patch_width * size;
+    const int64_t k = t.channels * t.patch_height * t.patch_width;
+    float* buffer = row_scratch(k, 2);
+    char* patch = reinterpret_cast<char*>(buffer + padded_length(k));
+    with_dtype(t.dtype, [&](auto dtype) {
+        const char* pixels = static_cast<const char*>(t.pixels);
+        const int64_t run = t.patch_width * dtype.size;
+        for (int64_t m = first; m < last; ++m) {
+            const int64_t x = m % patches_x * t.patch_width, y = m / patches_x % patches_y * t.patch_height;
+            const int64_t batch = m / (patches_x * patches_y);
+            char* target = patch;
+            for (int64_t c = 0; c < t.channels; ++c) {
+                const int64_t source = ((batch * t.channels + c) * t.height + y) * t.width + x;
+                for (int64_t dy = 0; dy < t.patch_height; ++dy, target += run) {
+                    const char* start = pixels + (source + dy * t.width) * dtype.size;
+                    std::memcpy(target, start, static_cast<size_t>(run));
+                }
             }
+            quantize_row<V>(read_row<V>(patch, dtype, k, t.equalizer, buffer), k, t.out, m);
         }
-        quantize_row<V>(row, load_row<V>(gathered, t.dtype, 0, k, t.equalizer, row), k, t.out, m);
+    });
+}
+
+// q or k of one head: a scale per token.
+template <class V, int D>
+void quantize_head_tokens(const char* x, int64_t stride, Dtype<D> dtype, const QkvTask& t, int8_t* codes, float* scale) {
+    float* buffer = row_scratch(t.head_dim);
+    Codes out = {};
+    out.codes = codes;
+    out.scale = scale;
+    out.symmetric = true;
+    for (int64_t s = 0; s < t.tokens; ++s) {
+        quantize_row<V>(read_row<V>(x + s * stride, dtype, t.head_dim, nullptr, buffer), t.head_dim, out, s);
     }
 }
 
-// q and k of one head: a scale per token. v: a scale per channel over the tokens.
+// v of one head: a scale per channel over the tokens.
+template <class V, int D>
+void quantize_head_channels(
+    const char* x, int64_t stride, Dtype<D> dtype, const QkvTask& t, int8_t* codes, float* scale) {
+    const int64_t d = t.head_dim;
+    float* scales = row_scratch(d, 2);
+    int32_t* largest = reinterpret_cast<int32_t*>(scales + padded_length(d));
+    std::memset(largest, 0, static_cast<size_t>(padded_length(d)) * sizeof(int32_t));
+    for (int64_t s = 0; s < t.tokens; ++s) {
+        for_vectors<V>(d, [&](int64_t i, auto extent) {
+            const typename V::I magnitude = magnitude_bits<V>(load_as<V>(x + s * stride, i, dtype, extent));
+            V::store_i(largest + i, V::max_i(V::load_i(largest + i), magnitude));
+        });
+    }
+    for (int64_t i = 0; i < d; ++i) {
+        scale[i] = scales[i] = largest[i] < kInfinityBits ? symmetric_scale(from_bits(largest[i])) : NAN;
+    }
+    for (int64_t s = 0; s < t.tokens; ++s) {
+        for_vectors<V>(d, [&](int64_t i, auto extent) {
+            const typename V::F v = load_as<V>(x + s * stride, i, dtype, extent);
+            store_codes<V>(codes + s * d + i, to_codes<V>(v, V::load(scales + i)), extent);
+        });
+    }
+}
+
 template <class V>
 void quantize_qkv_head(const QkvTask& t, int64_t batch, int64_t head) {
-    const int64_t d = t.head_dim, padded = padded_length(d), width = t.heads * d;
-    const int64_t bh = batch * t.heads + head;
-    const int64_t start = batch * t.tokens * 3 * width + head * d;  // of this head's first q row in qkv
-    float* row = row_scratch(3 * padded);
-    float* channel_scale = row + padded;
-
-    for (int part = 0; part < 2; ++part) {
-        Codes out = {};
-        out.codes = (part == 0 ? t.q : t.k) + bh * t.tokens * d;
-        out.scale = (part == 0 ? t.q_scale : t.k_scale) + bh * t.tokens;
-        out.symmetric = true;
-        for (int64_t s = 0; s < t.tokens; ++s) {
-            const int64_t offset = start + s * 3 * width + part * width;
-            quantize_row<V>(row, load_row<V>(t.qkv, t.dtype, offset, d, nullptr, row), d, out, s);
-        }
-    }
-
-    int32_t* largest = reinterpret_cast<int32_t*>(row + 2 * padded);
-    std::memset(largest, 0, static_cast<size_t>(padded) * sizeof(int32_t));
-    const int64_t v_start = start + 2 * width, size = dtype_size(t.dtype);
-    const char* v = static_cast<const char*>(t.qkv) + v_start * size;
-    for (int64_t s = 0; s < t.tokens; ++s) {
-        for (int64_t i = 0; i < d; i += V::lanes) {
-            const typename V::F x = load_padded<V>(v + s * 3 * width * size, t.dtype, i, d);
-            V::store_i(largest + i, V::max_i(V::load_i(largest + i), magnitude_bits<V>(x)));
-        }
-    }
-    for (int64_t i = 0; i < padded; ++i) {
-        channel_scale[i] = largest[i] < kInfinityBits ? symmetric_scale(from_bits(largest[i])) : NAN;
-    }
-    std::memcpy(t.v_scale + bh * d, channel_scale, static_cast<size_t>(d) * sizeof(float));
-    for (int64_t s = 0; s < t.tokens; ++s) {
-        for (int64_t i = 0; i < d; i += V::lanes) {
-            const typename V::F x = load_padded<V>(v + s * 3 * width * size, t.dtype, i, d);
-            const typename V::I codes = to_codes<V>(x, V::load(channel_scale + i));
-            store_codes<V>(t.v + (bh * t.tokens + s) * d, i, d, codes);
-        }
-    }
+    with_dtype(t.dtype, [&](auto dtype) {
+        const int64_t d = t.head_dim, width = t.heads * d, bh = batch * t.heads + head;
+        const int64_t stride = 3 * width * dtype.size, codes = bh * t.tokens * d, scales = bh * t.tokens;
+        const char* q = static_cast<const char*>(t.qkv) + batch * t.tokens * stride + head * d * dtype.size;
+        const char* k = q + width * dtype.size;
+        const char* v = k + width * dtype.size;
+        quantize_head_tokens<V>(q, stride, dtype, t, t.q + codes, t.q_scale + scales);
+        quantize_head_tokens<V>(k, stride, dtype, t, t.k + codes, t.k_scale + scales);
+        quantize_head_channels<V>(v, stride, dtype, t, t.v + codes, t.v_scale + bh * d);
+    });
 }
 
 }  // namespace

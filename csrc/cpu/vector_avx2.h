@@ -60,6 +60,7 @@ struct Avx2 {
     static I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
     static I mul_i(I a, I b) { return _mm256_mullo_epi32(a, b); }
     static I and_i(I a, I b) { return _mm256_and_si256(a, b); }
+    static I min_i(I a, I b) { return _mm256_min_epi32(a, b); }
     static I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
     static I shift_left_23(I v) { return _mm256_slli_epi32(v, 23); }
 

@@ -55,6 +55,7 @@ struct Avx512 {
     static I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
     static I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
     static I and_i(I a, I b) { return _mm512_and_si512(a, b); }
+    static I min_i(I a, I b) { return _mm512_min_epi32(a, b); }
     static I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
     static I shift_left_23(I v) { return _mm512_slli_epi32(v, 23); }
 

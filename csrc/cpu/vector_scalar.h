@@ -76,6 +76,7 @@ struct Scalar {
     static I sub_i(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
     static I mul_i(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b)); }
     static I and_i(I a, I b) { return a & b; }
+    static I min_i(I a, I b) { return a < b ? a : b; }
     static I max_i(I a, I b) { return a > b ? a : b; }
     static I shift_left_23(I v) { return static_cast<I>(static_cast<uint32_t>(v) << 23); }
 

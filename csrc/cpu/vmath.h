@@ -107,6 +107,12 @@ inline typename V::I to_codes(typename V::F x, typename V::F scale) {
     return V::to_int(V::min(V::set(kQMax), V::max(V::set(-kQMax), quotient)));
 }
 
+// clamp(codes, -127, 127).
+template <class V>
+inline typename V::I clamp_codes(typename V::I codes) {
+    return V::min_i(V::set_i(127), V::max_i(V::set_i(-127), codes));
+}
+
 inline float from_bits(int32_t bits) {
     float value;
     __builtin_memcpy(&value, &bits, sizeof value);

@@ -25,7 +25,7 @@ def device_types() -> tuple[str, ...]:
 
 
 def available_isas() -> tuple[str, ...]:
-    """Instruction sets that this machine runs, best last, out of scalar, avx2 and avx512_vnni."""
+    """Instruction sets that this machine runs, best last, out of scalar, avx2, avx_vnni and avx512_vnni."""
     return native.cpu_isa_available()
 
 
@@ -148,9 +148,7 @@ def quantize_qkv(qkv, num_heads):
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
     codes = [qkv.new_empty((batch, num_heads, tokens, head_dim), dtype=torch.int8) for _ in range(3)]
-    scales = [
-        qkv.new_empty((batch, num_heads, size), dtype=torch.float32) for size in (tokens, tokens, head_dim)
-    ]
+    scales = [qkv.new_empty((batch, num_heads, size), dtype=torch.float32) for size in (tokens, tokens, head_dim)]
     _run(
         native.cpu().vqvit_cpu_quantize_qkv,
         qkv.data_ptr(), native.DTYPES[qkv.dtype], batch, tokens, num_heads, head_dim,

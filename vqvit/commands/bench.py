@@ -1,7 +1,7 @@
 """Time fp32, bf16 and W8A8 of one model side by side: medians of interleaved runs.
 
-MODEL is a local folder: a float Hugging Face model, or a vqvit checkpoint (whose float engines then have random weights of
-the same architecture). `--arch` builds a known architecture with random weights instead.
+MODEL is a local folder: a float Hugging Face model, or a vqvit checkpoint (whose float engines then have
+random weights of the same architecture). `--arch` builds a known architecture with random weights instead.
 """
 
 import argparse

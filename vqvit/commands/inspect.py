@@ -1,7 +1,7 @@
 """Show what a model folder holds: layers, tiers, and where its bytes go.
 
-For a vqvit checkpoint: the plan and the sizes of codes, scales, zero points and what is left in float. For a float Hugging
-Face model: what `vqvit quantize` would do with it.
+For a vqvit checkpoint: the plan and the sizes of codes, scales, zero points and what is left in float.
+For a float Hugging Face model: what `vqvit quantize` would do with it.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Quantize a Hugging Face model folder and save the integer model.
 
-SRC is a local folder with config.json and weights; OUT is a new folder, or a vqvit checkpoint to replace. Without options:
-W8A8, per-token activation scales, int8 attention. `--config` reads the same options, or a whole plan, from JSON.
+SRC is a local folder with config.json and weights; OUT is a new folder, or a vqvit checkpoint to replace.
+Without options: W8A8, per-token activation scales, int8 attention. `--config` reads the same options, or a
+whole plan, from JSON.
 """
 
 import argparse

@@ -1,0 +1,223 @@
+"""The native library: built whole or not at all, cached by sources and compiler, explained when it is missing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqvit import _build, native, reference
+from vqvit.backends import cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = native.csrc_directory()
+
+pytestmark = pytest.mark.skipif(CSRC is None, reason="no C++ sources at hand")
+
+needs_library = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"cpu backend: {cpu.unavailable()}")
+
+
+@pytest.fixture
+def fake_compiler(tmp_path, monkeypatch):
+    """A stand-in for g++ that writes its output slowly, and logs its calls to the returned file."""
+    log = tmp_path / "calls"
+    script = tmp_path / "fake-g++"
+    script.write_text(
+        f'#!/bin/sh\necho call >> {log}\nif [ "$1" = --version ]; then echo "fake 1.0"; exit; fi\n'
+        'for last; do :; done\nprintf half > "$last"\nsleep 0.05\nprintf " whole" >> "$last"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("VQVIT_CACHE", str(tmp_path / "cache"))
+    return log
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+def test_compiles_without_warnings(tmp_path, monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    strict = tmp_path / "strict-g++"
+    strict.write_text('#!/bin/sh\nexec g++ -Werror "$@"\n')
+    strict.chmod(0o755)
+    monkeypatch.setenv("CXX", str(strict))
+    library = tmp_path / "out" / _build.CPU_LIBRARY
+    _build.build_cpu(CSRC, library)
+    assert [path.name for path in library.parent.iterdir()] == [library.name], "temporary files stay behind"
+    assert native._text(native._open(library), "source_hash") == _build.source_hash(CSRC)
+
+
+def test_second_use_comes_from_the_cache(fake_compiler, monkeypatch):
+    first = native.cached_cpu_library(CSRC)
+    assert first.read_text() == "half whole"
+    calls = fake_compiler.read_text().count("call")
+    assert native.cached_cpu_library(CSRC) == first
+    assert fake_compiler.read_text().count("call") == calls + 1, "only --version"
+
+
+def test_concurrent_builds_leave_one_whole_library(fake_compiler):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(native.cached_cpu_library(CSRC))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and len(set(found)) == 1
+    assert found[0].read_text() == "half whole"
+    assert [path.name for path in found[0].parent.iterdir()] == [_build.CPU_LIBRARY]
+
+
+def test_cache_key_follows_sources_and_compiler(fake_compiler, tmp_path, monkeypatch):
+    changed = tmp_path / "csrc"
+    shutil.copytree(CSRC, changed)
+    with open(changed / "cpu" / "isa.cpp", "a") as file:
+        file.write("// changed\n")
+    assert _build.source_hash(changed) != _build.source_hash(CSRC)
+    paths = {native.cached_cpu_library(CSRC), native.cached_cpu_library(changed)}
+    monkeypatch.setattr(_build, "compiler_version", lambda path: "another")
+    paths.add(native.cached_cpu_library(CSRC))
+    assert len(paths) == 3
+
+
+def test_failed_build_says_why_and_leaves_nothing(tmp_path, monkeypatch):
+    compiler = tmp_path / "failing-g++"
+    compiler.write_text("#!/bin/sh\necho 'error: no such instruction' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(_build.BuildError, match="no such instruction"):
+        _build.build_cpu(CSRC, tmp_path / "out" / _build.CPU_LIBRARY)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_missing_compiler_is_a_reason_not_a_crash(tmp_path):
+    code = (
+        "import torch, vqvit, vqvit.native as native\n"
+        "native._PACKAGE = native._PACKAGE.parent / 'csrc'\n"  # no prebuilt library there
+        "native.csrc_directory = lambda: vqvit.native._PACKAGE\n"
+        "print(vqvit.backends.unavailable('cpu'))\n"
+        "codes = torch.ops.vqvit.quantize_per_token(torch.ones(2, 3))[0]\n"
+        "print(codes.tolist(), vqvit.backends.selected(codes.device))\n"
+        "try: vqvit.backend('cpu')\n"
+        "except vqvit.BackendUnavailableError as error: print(error)\n"
+    )
+    done = run_python(code, CXX="no-such-compiler", VQVIT_CACHE=str(tmp_path))
+    reason, result, forced = done.stdout.splitlines()
+    assert reason == "C++ compiler 'no-such-compiler' not found (set CXX or install g++)"
+    assert result == "[[127, 127, 127], [127, 127, 127]] reference"
+    assert reason in forced
+
+
+@needs_library
+def test_packaged_library_is_used_unless_it_is_stale(tmp_path, monkeypatch):
+    packaged = tmp_path / "package" / "_lib" / _build.CPU_LIBRARY
+    packaged.parent.mkdir(parents=True)
+    shutil.copy(native.cpu()._name, packaged)
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path / "package")
+    assert native._load_cpu()._name == str(packaged)
+    with open(tmp_path / "csrc" / "cpu" / "isa.cpp", "a") as file:
+        file.write("// changed\n")
+    monkeypatch.setattr(native, "cached_cpu_library", lambda csrc: Path(native.cpu()._name))
+    assert native._load_cpu()._name == native.cpu()._name
+
+
+def test_signatures_match_the_header():
+    header = (CSRC / "vqvit.h").read_text()
+    declared = dict(re.findall(r"VQVIT_EXPORT int vqvit_cpu_(\w+)\(([^)]*)\);", header))
+    assert declared.keys() == native._SIGNATURES.keys()
+    for name, parameters in declared.items():
+        kinds = ["*" if "*" in p else p.split()[0] for p in parameters.split(",")]
+        ours = [
+            {native.c_int: "int", native.c_int64: "int64_t", native.c_float: "float"}.get(kind, "*")
+            for kind in native._SIGNATURES[name]
+        ]
+        assert ours == kinds, name
+    fields = re.search(r"typedef struct vqvit_gemm \{(.*?)\}", header, re.DOTALL)[1]
+    names = [
+        name.strip(" *")
+        for line in fields.splitlines()
+        if ";" in line
+        for name in line.split(";")[0].split(None, 1 + line.strip().startswith("const"))[-1].split(",")
+    ]
+    assert names == [name for name, _ in native.Gemm._fields_]
+
+
+@needs_library
+def test_isa_is_chosen_and_forced():
+    available = cpu.available_isas()
+    assert available[0] == "scalar" and cpu.isa() == available[-1]
+    for name in available:
+        cpu.set_isa(name)
+        assert cpu.isa() == name
+    with pytest.raises(ValueError, match=f"set_isa: expected {', '.join(available)} or None; got 'avx9'"):
+        cpu.set_isa("avx9")
+    assert cpu.isa() == available[-1]
+    cpu.set_isa(None)
+    assert cpu.isa() == available[-1]
+
+
+@needs_library
+def test_library_shares_torch_openmp():
+    code = (
+        "import torch\n"
+        "def runtimes(): return {l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split()[-1]}\n"
+        "torch.randn(512, 512) @ torch.randn(512, 512)\n"
+        "before = runtimes()\n"
+        "from vqvit.backends import cpu\n"
+        "cpu.quantize_per_token(torch.randn(512, 512))\n"
+        "assert cpu.isa() and runtimes() == before, runtimes() - before\n"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    a, b = torch.randint(-127, 128, (100, 96), dtype=torch.int8), torch.randint(-127, 128, (200, 96), dtype=torch.int8)
+    args = (a, torch.rand(100), cpu.pack_weight(b), torch.rand(200), torch.randn(200), "gelu")
+    qkv = torch.randn(1, 150, 3 * 2 * 64)
+    previous = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        linear, quantized = cpu.int8_linear(*args), cpu.int8_linear_quantize(*args, row_sum=True)
+        static = cpu.int8_linear_quantize(*args, out_scale=torch.tensor(0.1), row_sum=True)
+        attention = cpu.int8_attention(*cpu.quantize_qkv(qkv, 2), 0.125)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(previous)
+    assert torch.equal(linear, reference.int8_linear(*args))
+    for got, want in zip(quantized, reference.int8_linear_quantize(*args, row_sum=True), strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(
+        static, reference.int8_linear_quantize(*args, out_scale=torch.tensor(0.1), row_sum=True), strict=True
+    ):
+        assert torch.equal(got, want)
+    assert torch.equal(attention, reference.int8_attention(*reference.quantize_qkv(qkv, 2), 0.125))
+
+
+@needs_library
+def test_calls_from_several_python_threads():
+    x = torch.randn(300, 400)
+    expected = reference.quantize_per_token(x)[0]
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            if not torch.equal(cpu.quantize_per_token(x)[0], expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -137,7 +137,8 @@ VQVIT_EXPORT int vqvit_cpu_int8_linear_compensated(
 /* Attention ----------------------------------------------------------------------------------------------------- */
 
 /* quantize_qkv: qkv (batch, tokens, 3 · heads · head_dim) of dtype, contiguous.
- *   q, k, v (batch, heads, tokens, head_dim); q_scale, k_scale (batch, heads, tokens); v_scale (batch, heads, head_dim). */
+ *   q, k, v (batch, heads, tokens, head_dim); q_scale, k_scale (batch, heads, tokens);
+ *   v_scale (batch, heads, head_dim). */
 VQVIT_EXPORT int vqvit_cpu_quantize_qkv(
     const void* qkv, int dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int8_t* q, int8_t* k,
     int8_t* v, float* q_scale, float* k_scale, float* v_scale, int threads);

@@ -78,6 +78,10 @@ COMPENSATED_CONFIGS = {
     INTERPRETER: GemmConfig(64, 64, 64, 4, 1, ctas=1),
 }
 
+# Rows that 16-byte loads do not divide (K = 588 of 14 x 14 patches) need a pointer for every 1 to 8 bytes.
+RAGGED_CONFIG = GemmConfig(64, 64, 64, 4, 3, ctas=2)
+RAGGED_COMPENSATED_CONFIG = GemmConfig(64, 64, 32, 4, 2, ctas=1)
+
 
 # A roofline of one multiprocessor of the H200, to compare tiles with. The epilogue's operations are counted in SASS; L2
 # bandwidth and the cost of a step (Triton waits for each int8 wgmma before the next loads) are estimates, not measured.
@@ -98,8 +102,10 @@ def wave_cycles(c: GemmConfig, blocks: int, k: int) -> float:
 
 
 @functools.cache
-def choose(device: Device, m: int, n: int, k: int) -> GemmConfig:
+def choose(device: Device, m: int, n: int, k: int, unit: int) -> GemmConfig:
     """The config whose waves of tiles take the least time; ties go to the earlier entry."""
+    if unit < 16 and device.arch != INTERPRETER:
+        return RAGGED_CONFIG
 
     def cycles(c: GemmConfig) -> float:
         full_waves, rest = divmod(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n), device.sms * c.ctas)
@@ -107,11 +113,6 @@ def choose(device: Device, m: int, n: int, k: int) -> GemmConfig:
         return full_waves * wave_cycles(c, c.ctas, k) + last_wave
 
     return min(GEMM_CONFIGS[device.arch], key=cycles)
-
-
-def k_unit(*sizes: int) -> int:
-    """Bytes that every row and row end is a multiple of, up to one 16-byte load."""
-    return math.gcd(16, *sizes)
 
 
 @triton.jit
@@ -126,9 +127,11 @@ def _tile_ids(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.co
 
 
 @triton.jit
-def _multiple_of(size, UNIT: tl.constexpr):
+def _multiples(size, UNIT: tl.constexpr):
     """`size`, which UNIT divides, in a form that tells the compiler so: loads then take UNIT bytes at once."""
-    return size // UNIT * UNIT
+    if UNIT < 16:  # it finds out about 16 by itself
+        size = size // UNIT * UNIT
+    return size
 
 
 @triton.jit
@@ -267,15 +270,13 @@ def _int8_gemm_kernel(
     SUBTILE_N: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # program ids
+    # sizes, program ids
+    K, stride_am, stride_bn = _multiples(K, K_UNIT), _multiples(stride_am, K_UNIT), _multiples(stride_bn, K_UNIT)
     pid_m, pid_n = _tile_ids(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first_m = pid_m * BLOCK_M
     first_n = pid_n * BLOCK_N
 
     # offsets; rows beyond M and N repeat the last one, so that the main loop needs no masks for them
-    K = _multiple_of(K, K_UNIT)
-    stride_am = _multiple_of(stride_am, K_UNIT)
-    stride_bn = _multiple_of(stride_bn, K_UNIT)
     offs_k = tl.arange(0, BLOCK_K)
     rows_a = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
     rows_b = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
@@ -318,12 +319,14 @@ def _int8_compensated_kernel(
     A_RB: tl.constexpr,
     RA_RB: tl.constexpr,
     EVEN_K: tl.constexpr,
+    K_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # program ids, offsets
+    # size, program ids, offsets
+    K = _multiples(K, K_UNIT)
     pid_m, pid_n = _tile_ids(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -370,14 +373,16 @@ def _launch(
     if m == 0 or n == 0:
         return
     a, b, residual = row_major(a), row_major(b), None if residual is None else row_major(residual)
-    c = choose(device_of(a), m, n, k)
+    unit = math.gcd(16, k, a.stride(0), b.stride(0))
+    c = choose(device_of(a), m, n, k, unit)
     vectors = (bias, layer_scale, a_zero, a_sum, b_zero, b_sum)
     bias, layer_scale, a_zero, a_sum, b_zero, b_sum = (vector(v) for v in vectors)
     strides = (a.stride(0), b.stride(0), 0 if residual is None else residual.stride(0))
     with on(a):
         _int8_gemm_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
             a, b, out, vector(a_scale), vector(b_scale), bias, layer_scale, residual, a_zero, a_sum, b_zero, b_sum,
-            out_scale, row_scale, row_sum, m, n, k, *strides, ACTIVATION=activation, EVEN_K=k % c.block_k == 0, K_UNIT=k_unit(k, *strides),
+            out_scale, row_scale, row_sum, m, n, k, *strides,
+            ACTIVATION=activation, EVEN_K=k % c.block_k == 0, K_UNIT=unit,
             BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, SUBTILE_N=c.subtile_n, GROUP_M=c.group_m,
             num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers, **EXACT,
         )  # fmt: skip
@@ -425,12 +430,14 @@ def int8_linear_compensated(
     if m == 0 or n == 0:
         return out
     ra_b, a_rb, ra_rb = terms
-    c = COMPENSATED_CONFIGS[device_of(a).arch]
+    arch, unit = device_of(a).arch, math.gcd(16, k)
+    c = RAGGED_COMPENSATED_CONFIG if unit < 16 and arch != INTERPRETER else COMPENSATED_CONFIGS[arch]
     with on(a):
         _int8_compensated_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
             *(vector(t) for t in (a, a_residual, b, b_residual)), out, vector(a_scale), vector(b_scale), vector(bias),
-            1 / nm.RESIDUAL_STEPS.value, mu / nm.RESIDUAL_STEPS.value**2, m, n, k, RA_B=ra_b, A_RB=a_rb, RA_RB=ra_rb,
-            EVEN_K=k % c.block_k == 0, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP_M=c.group_m,
+            1 / nm.RESIDUAL_STEPS.value, mu / nm.RESIDUAL_STEPS.value**2, m, n, k,
+            RA_B=ra_b, A_RB=a_rb, RA_RB=ra_rb, EVEN_K=k % c.block_k == 0, K_UNIT=unit,
+            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP_M=c.group_m,
             num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers, **EXACT,
         )  # fmt: skip
     return out

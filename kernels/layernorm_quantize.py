@@ -8,7 +8,7 @@ Shapes: x, residual, stream (M, K) float; γ, β, layer_scale (K,) float -> code
 Grid: one program per ROWS rows of a tile (ROWS, BLOCK >= K) that stays in registers: every element is read once.
 Bytes: (input size + 1) · M · K, with the residual (3 · input size + 1) · M · K; about 30 operations an element.
 Mean and variance are exact int64 sums on a grid of 2^-21 of the row's largest magnitude (numerics §4), 3 of the 30.
-Tiles as in `kernels/quantize.py`, without a loop: beyond 32768 columns registers spill, up to the op's limit of 65536.
+Tiles as in `kernels/quantize.py`, without a loop: beyond 16384 columns registers spill, up to the op's limit of 65536.
 """
 
 import torch

@@ -35,8 +35,8 @@ MANY_ROWS = RowConfig(tile=1024, per_warp=1024)  # 32 registers a thread; rows u
 FEW_ROWS = RowConfig(tile=256, per_warp=256)  # small batches: more warps at work, a shorter chain in each
 INTERPRETED = RowConfig(tile=2**16, per_warp=2**16)  # each tile is a numpy call
 FEW_ROWS_PER_SM = 16  # one warp a row would leave most of a multiprocessor's 64 warps empty
-MAX_WARPS = 32
-MAX_TILE = 16384  # 16 warps of 32 registers
+MAX_WARPS = 16
+MAX_TILE = 16384  # 16 warps of 32 registers a thread
 LONG_BLOCK = 4096
 
 

@@ -1,7 +1,7 @@
 """Arguments for every op: `CASES[op]` maps a case id to a function that draws the positional arguments.
 
-The shapes are the ones that break kernels: 197 tokens, odd K and N, one row, no row, ties, zero rows, saturation, rows with
-NaN or Inf, strided views.
+The shapes are the ones that break kernels: 197 tokens, odd K and N, one row, no row, ties, zero rows, saturation,
+rows with NaN or Inf, strided views.
 """
 
 from functools import partial
@@ -92,7 +92,7 @@ def linear(shape: tuple[int, int, int], *rest) -> tuple:
 
 
 def linear_full(shape: tuple[int, int, int], activation: str, dtype: torch.dtype, packed: bool = False) -> tuple:
-    m, k, n = shape
+    m, _, n = shape
     a, a_scale, b, b_scale = linear(shape)
     b = ref.pack_weight(b) if packed else b
     floats = (normal(n, dtype=dtype), activation, normal(n, dtype=dtype), normal(m, n, dtype=dtype))
@@ -101,7 +101,7 @@ def linear_full(shape: tuple[int, int, int], activation: str, dtype: torch.dtype
 
 def zero_points(shape: tuple[int, int, int], a_side: bool, b_side: bool) -> tuple:
     """a_zero, a_sum, b_zero, b_sum for codes whose sums must match: returns the operands too."""
-    m, k, n = shape
+    m, _, n = shape
     a, a_scale, b, b_scale = linear(shape)
     a_zero, b_sum = (codes(m).int(), b.sum(-1, dtype=torch.int32)) if a_side else (None, None)
     b_zero, a_sum = (codes(n).int(), a.sum(-1, dtype=torch.int32)) if b_side else (None, None)
@@ -182,7 +182,10 @@ def residual_args(x: Tensor) -> tuple:
 CASES = {
     "quantize_per_token": {
         **{name: lambda x=x: (x(),) for name, x in ROWS.items()},
-        **{f"delta_{name}": lambda x=ROWS[name]: (x(), 0.7) for name in ("197x768", "odd_k", "poisoned", "offset", "k1")},
+        **{
+            f"delta_{name}": lambda x=ROWS[name]: (x(), 0.7)
+            for name in ("197x768", "odd_k", "poisoned", "offset", "k1")
+        },
         "delta_negative": lambda: (normal(11, 70), -0.4),
         "equalizer": lambda: (normal(11, 70), 0.0, torch.rand(70) + 0.5),
         "equalizer_delta_sums": lambda: (normal(11, 70), 0.3, torch.rand(70) + 0.5, True, True),
@@ -202,7 +205,10 @@ CASES = {
         "paper": lambda: (*norm_args(normal(11, 70)), 0.0, None, False, True),
     },
     "add_layernorm_quantize": {
-        **{name: lambda x=ROWS[name]: add_norm_args(x()) for name in ("197x768", "odd_k", "poisoned", "empty", "batch", "transposed")},
+        **{
+            name: lambda x=ROWS[name]: add_norm_args(x())
+            for name in ("197x768", "odd_k", "poisoned", "empty", "batch", "transposed")
+        },
         "no_layer_scale": lambda: add_norm_args(normal(11, 70), layer_scale=False),
         "bf16": lambda: add_norm_args(normal(11, 70, dtype=torch.bfloat16), torch.bfloat16),
         "fp16_into_fp32": lambda: add_norm_args(normal(11, 70, dtype=torch.float16)),
@@ -246,7 +252,8 @@ CASES = {
         "poisoned_static": partial(linear_quantize_poisoned, True),
     },
     "quantize_residual": {
-        name: lambda x=ROWS[name]: residual_args(x()) for name in ("197x768", "odd_k", "ties", "poisoned", "zero_rows", "bf16_197", "empty")
+        name: lambda x=ROWS[name]: residual_args(x())
+        for name in ("197x768", "odd_k", "ties", "poisoned", "zero_rows", "bf16_197", "empty")
     },
     "int8_linear_compensated": {
         **{mode: partial(compensated, (13, 37, 70), mode) for mode in ref.COMPENSATION_TERMS},

@@ -121,7 +121,7 @@ def test_kernels_name_is_not_shadowed():
 
 
 NAMED_PATH = re.compile(r"(?<![\w/.-])((?:csrc|vqvit|kernels|tests|benchmarks|docs|\.ci)/[\w./-]*[\w/])")
-NAMED_FILE = re.compile(r"`([\w.-]+\.(?:md|toml|py|json|csv)|Makefile|LICENSE)`")
+NAMED_FILE = re.compile(r"`([A-Za-z.][\w.-]*\.(?:md|toml|py|json|csv)|Makefile|LICENSE)`")
 NAMED_TARGET = re.compile(r"(?:^ *|`)make ([a-z]+)", re.MULTILINE)
 WRITTEN_BY_THE_PRODUCT = {"model.safetensors", "vqvit.json", "config.json", "preprocessor_config.json", "results.json"}
 WRITTEN_BY_THE_PRODUCT |= {"report.md", "report.html"}

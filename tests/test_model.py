@@ -14,7 +14,14 @@ from vqvit.nn.block import fold_equalizer
 from vqvit.nn.linear import UncalibratedError
 from vqvit.rewriter import apply_plan, make_plan, quantized_modules
 
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "image_size": 32, "patch_size": 8}
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 def vit() -> nn.Module:
@@ -269,7 +276,7 @@ def test_activations_are_identified_by_value(name):
 
 
 def test_unknown_activation():
-    with pytest.raises(families.NotABlock, match="activation Tanh .known: gelu"):
+    with pytest.raises(families.NotABlock, match=r"activation Tanh .known: gelu"):
         families.identify_activation(nn.Tanh())
 
 
@@ -328,15 +335,23 @@ def test_uncalibrated_layer_says_so(images):
     model = vit().eval()
     plan, _ = make_plan(model, vqvit.QuantConfig(activation="static"))
     apply_plan(model, plan)
-    with pytest.raises(UncalibratedError, match=r"layers\.0\.qkv: expected a calibrated static activation scale; got none"):
+    with pytest.raises(
+        UncalibratedError, match=r"layers\.0\.qkv: expected a calibrated static activation scale; got none"
+    ):
         output(model, images)
 
 
-@pytest.mark.parametrize("make", [lambda x: x, lambda x: {"pixel_values": x}, lambda x: (x, torch.zeros(3, dtype=torch.long))])
+@pytest.mark.parametrize(
+    "make", [lambda x: x, lambda x: {"pixel_values": x}, lambda x: (x, torch.zeros(3, dtype=torch.long))]
+)
 def test_calibration_batches(images, make):
     model = vit().eval()
     vqvit.quantize_(model, vqvit.QuantConfig(activation="static"), calibration=iter([make(images)]))
-    assert all(m.input_scale is not None for m in model.modules() if isinstance(m, QuantLinear) and m.plan.activation == "static")
+    assert all(
+        m.input_scale is not None
+        for m in model.modules()
+        if isinstance(m, QuantLinear) and m.plan.activation == "static"
+    )
 
 
 def test_weights_with_nan_leave_the_model_unchanged():
@@ -350,12 +365,14 @@ def test_weights_with_nan_leave_the_model_unchanged():
 def test_quantizing_twice_and_nothing_to_quantize():
     model = vit().eval()
     vqvit.quantize_(model)
-    with pytest.raises(vqvit.PlanError, match="expected a float model; .* is quantized already"):
+    with pytest.raises(vqvit.PlanError, match=r"expected a float model; .* is quantized already"):
         vqvit.quantize_(model)
     with pytest.raises(vqvit.PlanError, match="expected a model with layers to quantize; got none"):
         vqvit.quantize_(nn.Sequential(nn.ReLU()))
 
 
 def test_inner_dimension_over_the_accumulator_bound():
-    with pytest.raises(ValueError, match=r"0: expected at most 133144 input features \(int32 accumulator\); got 133145"):
+    with pytest.raises(
+        ValueError, match=r"0: expected at most 133144 input features \(int32 accumulator\); got 133145"
+    ):
         vqvit.quantize_(nn.Sequential(nn.Linear(133145, 1)))

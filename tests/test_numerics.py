@@ -54,7 +54,9 @@ def test_fma_where_double_rounding_would_err():
     """a·b lies just above the midpoint of two fp32 numbers, by less than fp64 resolves after adding c."""
     a = torch.tensor([1.0 + 2.0**-23])
     b = torch.tensor([2.0**-24])
-    c = torch.tensor([2.0**30 + 64.0])  # spacing 128: c is a midpoint of two even/odd neighbours in fp32 only once added
+    c = torch.tensor(
+        [2.0**30 + 64.0]
+    )  # spacing 128: c is a midpoint of two even/odd neighbours in fp32 only once added
     got = nm.fma(a, b, c).item()
     exact = Fraction(a.item()) * Fraction(b.item()) + Fraction(c.item())
     assert got == nearest_fp32(exact)
@@ -69,7 +71,7 @@ def test_activation_error(name):
 
 
 def test_activation_unknown():
-    with pytest.raises(ValueError, match="expected one of none, gelu.*got 'tanh'"):
+    with pytest.raises(ValueError, match=r"expected one of none, gelu.*got 'tanh'"):
         nm.activation(torch.ones(1), "tanh")
 
 
@@ -127,7 +129,9 @@ def test_asymmetric_round_trip(values):
     codes = nm.to_codes_asymmetric(x, scale.unsqueeze(-1), zero_point.unsqueeze(-1))
     assert zero_point.abs().max() <= nm.QMAX and codes.abs().max() <= nm.QMAX
     error = (x.double() - (codes.double() - zero_point.double()) * scale.double()).abs()
-    assert (error <= scale.double() * 1.0001).all()  # half a step, and half a step where the zero point's rounding clips
+    assert (
+        error <= scale.double() * 1.0001
+    ).all()  # half a step, and half a step where the zero point's rounding clips
 
 
 def test_rounding_is_half_to_even():

@@ -30,7 +30,9 @@ def test_int8_mm_with_identity_returns_codes():
 
 
 def test_int8_linear_epilogue_error():
-    """Four fp32 roundings (scale product, dequantization, layer scale, accumulator conversion) bound the float error."""
+    """Four fp32 roundings (scale product, dequantization, layer scale, accumulator conversion) bound the float
+    error.
+    """
     a, b = codes(64, 300), codes(50, 300)
     a_scale, b_scale, bias, layer_scale = torch.rand(64), torch.rand(50), torch.randn(50), torch.randn(50)
     residual = torch.randn(64, 50)
@@ -64,7 +66,9 @@ def test_quantized_store_is_store_then_quantize():
 
 
 def test_compensation_modes_match_their_float_formula():
-    """Each mode computes (α_a α_bᵀ) ∘ [Aq Bqᵀ + selected terms] exactly up to fp32 rounding; `full` is the float product."""
+    """Each mode computes (α_a α_bᵀ) ∘ [Aq Bqᵀ + selected terms] exactly up to fp32 rounding; `full` is the float
+    product.
+    """
     x, w = torch.randn(33, 500), torch.randn(40, 500)
     (a, a_scale), (b, b_scale) = quantized(x), quantized(w)
     ra, rb = ops.quantize_residual(x, a, a_scale), ops.quantize_residual(w, b, b_scale)
@@ -109,7 +113,9 @@ def test_attention_ignores_what_lies_behind_the_last_key():
     q = torch.zeros(1, 1, 3, width, dtype=torch.int8)
     v = codes(1, 1, tokens, width)
     scale = torch.ones(1, 1, width)
-    got = ops.int8_attention(q, codes(1, 1, tokens, width), v, torch.ones(1, 1, 3), torch.ones(1, 1, tokens), scale, 1.0)
+    got = ops.int8_attention(
+        q, codes(1, 1, tokens, width), v, torch.ones(1, 1, 3), torch.ones(1, 1, tokens), scale, 1.0
+    )
     torch.testing.assert_close(got[0, 0].double(), v[0, 0].double().mean(0), rtol=1e-6, atol=1e-6)
 
 
@@ -118,9 +124,15 @@ def test_patches_are_the_convolution():
     a, a_scale = ops.patchify_quantize(pixels, 16, 16)
     rows = nm.dequantize(a, a_scale)
     got = (rows @ weight.flatten(1).t()).view(2, 2, 3, 20).permute(0, 3, 1, 2)
-    want = F.conv2d(nm.dequantize(a, a_scale).view(2, 2, 3, 3, 16, 16).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 32, 48), weight, stride=16)
+    want = F.conv2d(
+        nm.dequantize(a, a_scale).view(2, 2, 3, 3, 16, 16).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 32, 48),
+        weight,
+        stride=16,
+    )
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(rows.view(2, 2, 3, 3, 16, 16).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 32, 48), pixels, rtol=0, atol=0.03)
+    torch.testing.assert_close(
+        rows.view(2, 2, 3, 3, 16, 16).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 32, 48), pixels, rtol=0, atol=0.03
+    )
 
 
 F32 = torch.randn(4, 8)
@@ -128,37 +140,119 @@ I8 = torch.zeros(4, 8, dtype=torch.int8)
 ONES4 = torch.ones(4)
 
 BAD_CALLS = {
-    "dtype": (lambda: ops.quantize_per_token(I8), TypeError, "expected x of dtype float32 or float16 or bfloat16; got int8"),
+    "dtype": (
+        lambda: ops.quantize_per_token(I8),
+        TypeError,
+        "expected x of dtype float32 or float16 or bfloat16; got int8",
+    ),
     "float64": (lambda: ops.quantize_per_token(F32.double()), TypeError, "got float64"),
     "scalar": (lambda: ops.quantize_per_token(torch.tensor(1.0)), ValueError, "expected x of shape"),
     "no_columns": (lambda: ops.quantize_per_token(torch.empty(3, 0)), ValueError, "rows of at least one element"),
-    "equalizer": (lambda: ops.quantize_per_token(F32, 0.0, torch.ones(7)), ValueError, r"expected equalizer of shape \(8\); got \(7,\)"),
+    "equalizer": (
+        lambda: ops.quantize_per_token(F32, 0.0, torch.ones(7)),
+        ValueError,
+        r"expected equalizer of shape \(8\); got \(7,\)",
+    ),
     "delta_asymmetric": (lambda: ops.quantize_per_token(F32, 0.1, None, False), ValueError, "delta = 0 for asymmetric"),
-    "static_shape": (lambda: ops.quantize_static(F32, torch.ones(4)), ValueError, r"expected scale of shape \(\); got \(4,\)"),
-    "norm_weight": (lambda: ops.layernorm_quantize(F32, torch.ones(7), torch.ones(8), 1e-6), ValueError, "expected weight of shape"),
-    "norm_wide": (lambda: ops.layernorm_quantize(torch.empty(0, 65537), torch.ones(65537), torch.ones(65537), 1e-6), ValueError, "at most 65536"),
-    "residual": (lambda: ops.add_layernorm_quantize(F32, torch.ones(3, 8), torch.ones(8), torch.ones(8), 1e-6), ValueError, r"expected residual of shape \(4, 8\)"),
-    "patch": (lambda: ops.patchify_quantize(torch.ones(1, 3, 30, 32), 16, 16), ValueError, r"multiples of \(16, 16\); got \(30, 32\)"),
-    "mm_inner": (lambda: ops.int8_mm(I8, torch.zeros(3, 9, dtype=torch.int8)), ValueError, r"expected b of shape \(\*, 8\); got \(3, 9\)"),
-    "k_bound": (lambda: ops.int8_mm(torch.empty(0, 133145, dtype=torch.int8), torch.empty(0, 133145, dtype=torch.int8)), ValueError, "1 <= K <= 133144"),
+    "static_shape": (
+        lambda: ops.quantize_static(F32, torch.ones(4)),
+        ValueError,
+        r"expected scale of shape \(\); got \(4,\)",
+    ),
+    "norm_weight": (
+        lambda: ops.layernorm_quantize(F32, torch.ones(7), torch.ones(8), 1e-6),
+        ValueError,
+        "expected weight of shape",
+    ),
+    "norm_wide": (
+        lambda: ops.layernorm_quantize(torch.empty(0, 65537), torch.ones(65537), torch.ones(65537), 1e-6),
+        ValueError,
+        "at most 65536",
+    ),
+    "residual": (
+        lambda: ops.add_layernorm_quantize(F32, torch.ones(3, 8), torch.ones(8), torch.ones(8), 1e-6),
+        ValueError,
+        r"expected residual of shape \(4, 8\)",
+    ),
+    "patch": (
+        lambda: ops.patchify_quantize(torch.ones(1, 3, 30, 32), 16, 16),
+        ValueError,
+        r"multiples of \(16, 16\); got \(30, 32\)",
+    ),
+    "mm_inner": (
+        lambda: ops.int8_mm(I8, torch.zeros(3, 9, dtype=torch.int8)),
+        ValueError,
+        r"expected b of shape \(\*, 8\); got \(3, 9\)",
+    ),
+    "k_bound": (
+        lambda: ops.int8_mm(torch.empty(0, 133145, dtype=torch.int8), torch.empty(0, 133145, dtype=torch.int8)),
+        ValueError,
+        "1 <= K <= 133144",
+    ),
     "k_bound_zero_point": (
-        lambda: ops.int8_linear(torch.empty(0, 66573, dtype=torch.int8), torch.empty(0), torch.empty(0, 66573, dtype=torch.int8), torch.empty(0), a_zero=torch.empty(0, dtype=torch.int32)),
+        lambda: ops.int8_linear(
+            torch.empty(0, 66573, dtype=torch.int8),
+            torch.empty(0),
+            torch.empty(0, 66573, dtype=torch.int8),
+            torch.empty(0),
+            a_zero=torch.empty(0, dtype=torch.int32),
+        ),
         ValueError,
         "1 <= K <= 66572",
     ),
     "a_float": (lambda: ops.int8_linear(F32, ONES4, I8, ONES4), TypeError, "expected a of dtype int8; got float32"),
-    "a_scale": (lambda: ops.int8_linear(I8, torch.ones(5), I8, ONES4), ValueError, r"expected a_scale of shape \(4\); got \(5,\)"),
+    "a_scale": (
+        lambda: ops.int8_linear(I8, torch.ones(5), I8, ONES4),
+        ValueError,
+        r"expected a_scale of shape \(4\); got \(5,\)",
+    ),
     "activation": (lambda: ops.int8_linear(I8, ONES4, I8, ONES4, None, "tanh"), ValueError, "got 'tanh'"),
-    "zero_needs_sum": (lambda: ops.int8_linear(I8, ONES4, I8, ONES4, a_zero=torch.zeros(4, dtype=torch.int32)), ValueError, "expected b_sum with a_zero"),
-    "out_dtype": (lambda: ops.int8_linear(I8, ONES4, I8, ONES4, out_dtype=torch.int8), TypeError, "expected out_dtype float32"),
-    "packed_shape": (lambda: ops.int8_linear(I8, ONES4, torch.zeros(1, 9, 64, 4, dtype=torch.int8), ONES4), ValueError, r"expected packed b of shape \(1, 3, 64, 4\)"),
-    "static_asymmetric": (lambda: ops.int8_linear_quantize(I8, ONES4, I8, ONES4, out_scale=torch.tensor(1.0), symmetric=False), ValueError, "symmetric codes with a static"),
-    "mode": (lambda: ops.int8_linear_compensated(I8, ONES4, I8, I8, ONES4, I8, None, "half"), ValueError, "expected mode in"),
-    "mode_residual": (lambda: ops.int8_linear_compensated(I8, ONES4, None, I8, ONES4, I8, None, "full"), ValueError, "expected a_residual for mode 'full'; got None"),
+    "zero_needs_sum": (
+        lambda: ops.int8_linear(I8, ONES4, I8, ONES4, a_zero=torch.zeros(4, dtype=torch.int32)),
+        ValueError,
+        "expected b_sum with a_zero",
+    ),
+    "out_dtype": (
+        lambda: ops.int8_linear(I8, ONES4, I8, ONES4, out_dtype=torch.int8),
+        TypeError,
+        "expected out_dtype float32",
+    ),
+    "packed_shape": (
+        lambda: ops.int8_linear(I8, ONES4, torch.zeros(1, 9, 64, 4, dtype=torch.int8), ONES4),
+        ValueError,
+        r"expected packed b of shape \(1, 3, 64, 4\)",
+    ),
+    "static_asymmetric": (
+        lambda: ops.int8_linear_quantize(I8, ONES4, I8, ONES4, out_scale=torch.tensor(1.0), symmetric=False),
+        ValueError,
+        "symmetric codes with a static",
+    ),
+    "mode": (
+        lambda: ops.int8_linear_compensated(I8, ONES4, I8, I8, ONES4, I8, None, "half"),
+        ValueError,
+        "expected mode in",
+    ),
+    "mode_residual": (
+        lambda: ops.int8_linear_compensated(I8, ONES4, None, I8, ONES4, I8, None, "full"),
+        ValueError,
+        "expected a_residual for mode 'full'; got None",
+    ),
     "heads": (lambda: ops.quantize_qkv(torch.ones(1, 2, 10), 3), ValueError, "divisible by 3 · 3 heads; got 10"),
-    "attention_width": (lambda: ops.int8_attention(torch.zeros(1, 1, 2, 8, dtype=torch.int8), torch.zeros(1, 1, 2, 9, dtype=torch.int8), torch.zeros(1, 1, 2, 8, dtype=torch.int8), torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.ones(1, 1, 8), 1.0), ValueError, "expected k of shape"),
+    "attention_width": (
+        lambda: ops.int8_attention(
+            torch.zeros(1, 1, 2, 8, dtype=torch.int8),
+            torch.zeros(1, 1, 2, 9, dtype=torch.int8),
+            torch.zeros(1, 1, 2, 8, dtype=torch.int8),
+            torch.ones(1, 1, 2),
+            torch.ones(1, 1, 2),
+            torch.ones(1, 1, 8),
+            1.0,
+        ),
+        ValueError,
+        "expected k of shape",
+    ),
     "device": (lambda: ops.int8_mm(I8, I8.to("meta")), ValueError, "expected b on cpu; got meta"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
@@ -180,7 +274,9 @@ def test_forced_backend_that_is_not_built(monkeypatch):
     from vqvit.backends import cpu
 
     monkeypatch.setattr(cpu, "unavailable", lambda: "no C++ compiler")
-    with pytest.raises(vqvit.BackendUnavailableError, match="'cpu' was asked for but cannot run here: no C\\+\\+ compiler"):
+    with pytest.raises(
+        vqvit.BackendUnavailableError, match="'cpu' was asked for but cannot run here: no C\\+\\+ compiler"
+    ):
         vqvit.backend("cpu")
 
 

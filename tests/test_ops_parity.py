@@ -63,15 +63,13 @@ def test_fake_matches_reference(op, case):
     args = CASES[op][case]()
     vqvit.backend("reference")
     real = as_tuple(getattr(torch.ops.vqvit, op)(*args))
-    fake = as_tuple(
-        getattr(torch.ops.vqvit, op)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
-    )
+    fake = as_tuple(getattr(torch.ops.vqvit, op)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args)))
     for got, want in zip(fake, real, strict=True):
         assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.contiguous().stride())
 
 
 @pytest.mark.parametrize("op", CASES)
 def test_opcheck(op):
-    name, draw = next(iter(CASES[op].items()))
+    draw = next(iter(CASES[op].values()))
     vqvit.backend("reference")
     torch.library.opcheck(getattr(torch.ops.vqvit, op).default, draw())

@@ -40,7 +40,10 @@ BAD_PLANS = {
     "format": (edited(format=99), "format 1"),
     "list": ("[]", "expected a JSON object"),
     "layers": (edited(layers=3), "expected a list under 'layers'; got int"),
-    "tier": (edited(layers=[{**LAYER, "tier": "int2"}]), "tier of x: expected one of int8, int8_asym, fp16; got 'int2'"),
+    "tier": (
+        edited(layers=[{**LAYER, "tier": "int2"}]),
+        "tier of x: expected one of int8, int8_asym, fp16; got 'int2'",
+    ),
     "role": (edited(layers=[{**LAYER, "role": "mlp"}]), "role of x: expected one of"),
     "field": (edited(layers=[{**LAYER, "gamma": 1}]), r"plan, layers\[0\]: expected fields among .*; got \['gamma'\]"),
     "missing": (edited(layers=[{"name": "x"}]), r"\['role'\] missing"),
@@ -65,11 +68,15 @@ def test_unknown_layer_lists_the_known_ones():
 
 def test_config_patterns_last_match_wins():
     config = QuantConfig(tiers={"fc2": "fp16", "*.0.*": "int8_asym", "head": "skip"})
-    tiers = [config.tier_of(n, r) for n, r in (("a.1.fc2", "fc2"), ("a.0.fc2", "fc2"), ("b", "head"), ("a.1.qkv", "qkv"))]
+    tiers = [
+        config.tier_of(n, r) for n, r in (("a.1.fc2", "fc2"), ("a.0.fc2", "fc2"), ("b", "head"), ("a.1.qkv", "qkv"))
+    ]
     assert tiers == ["fp16", "int8_asym", "skip", "int8"]
 
 
-@pytest.mark.parametrize("fields", [{"tier": "int4"}, {"tiers": {"fc1": "int4"}}, {"activation": "dynamic"}, {"attention": 8}, {"color": 1}])
+@pytest.mark.parametrize(
+    "fields", [{"tier": "int4"}, {"tiers": {"fc1": "int4"}}, {"activation": "dynamic"}, {"attention": 8}, {"color": 1}]
+)
 def test_bad_configurations(fields):
     with pytest.raises(PlanError, match="expected"):
         QuantConfig.from_dict(fields)

@@ -10,6 +10,7 @@ from vqvit import ops
 from vqvit.backends import BackendUnavailableError, backend
 from vqvit.calibration import CalibrationError, quantize_
 from vqvit.checkpoint import CheckpointError, load, save
+from vqvit.evaluate import Evaluation, evaluate
 from vqvit.plan import LayerPlan, Plan, PlanError, QuantConfig
 from vqvit.rewriter import LayerReport, Report, restore
 
@@ -19,6 +20,7 @@ __all__ = [
     "BackendUnavailableError",
     "CalibrationError",
     "CheckpointError",
+    "Evaluation",
     "LayerPlan",
     "LayerReport",
     "Plan",
@@ -26,6 +28,7 @@ __all__ = [
     "QuantConfig",
     "Report",
     "backend",
+    "evaluate",
     "load",
     "ops",
     "quantize_",

@@ -29,7 +29,9 @@ class Batch:
 
 
 def read_batch(batch: object) -> Batch:
-    """Understand a batch. Raises `TypeError` for another type, `ValueError` for one that is empty or holds NaN or Inf."""
+    """Understand a batch. Raises `TypeError` for another type, `ValueError` for one that is empty or holds NaN or
+    Inf.
+    """
     labels = None
     inputs = batch
     if isinstance(batch, tuple | list) and len(batch) == 2:

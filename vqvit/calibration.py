@@ -63,8 +63,8 @@ def quantize_(
 
     Returns: what was replaced, skipped and why, with the plan.
 
-    Raises `PlanError` if the plan does not fit, `CalibrationError` for unusable data, `ValueError` for weights that hold NaN
-    or exceed the accumulator bound. After an error the model is unchanged.
+    Raises `PlanError` if the plan does not fit, `CalibrationError` for unusable data, `ValueError` for weights that
+    hold NaN or exceed the accumulator bound. After an error the model is unchanged.
     """
     if isinstance(config, Plan):
         plan, skipped = config, ()

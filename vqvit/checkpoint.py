@@ -1,7 +1,7 @@
 """Save and load quantized models: a folder with int8 weights (safetensors), the plan, and the model's configuration.
 
-Folder layout: `model.safetensors`, every tensor, codes as plain (N, K) int8; `vqvit.json`, format, plan, model class and
-SHA-256 of the weights; `config.json`, the Hugging Face configuration if there is one.
+Folder layout: `model.safetensors`, every tensor, codes as plain (N, K) int8; `vqvit.json`, format, plan, model class
+and SHA-256 of the weights; `config.json`, the Hugging Face configuration if there is one.
 """
 
 import hashlib
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 import vqvit
 from vqvit import hf
-from vqvit.plan import Plan, PlanError
-from vqvit.rewriter import apply_plan, pack_weights, plan_of, quantized_modules
+from vqvit.plan import Plan
+from vqvit.rewriter import apply_plan, pack_weights, plan_of
 
 FORMAT = 1
 WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "vqvit.json", "config.json"
+HASH_CHUNK = 1 << 20  # bytes read at a time
 
 
 class CheckpointError(RuntimeError):
@@ -32,12 +33,16 @@ class CheckpointError(RuntimeError):
 def save(model: nn.Module, directory: str | Path) -> Path:
     """Write a quantized model to `directory`, all of it or nothing; a checkpoint that is there is replaced.
 
-    Raises `PlanError` if the model is not quantized, `FileExistsError` if `directory` holds something else, `OSError` if it
-    cannot be written.
+    Raises `PlanError` if the model is not quantized, `FileExistsError` if `directory` holds something else, `OSError`
+    if it cannot be written.
     """
     directory = Path(directory)
     plan = plan_of(model)
-    if directory.exists() and not (directory / MANIFEST).is_file() and (directory.is_file() or any(directory.iterdir())):
+    if (
+        directory.exists()
+        and not (directory / MANIFEST).is_file()
+        and (directory.is_file() or any(directory.iterdir()))
+    ):
         raise FileExistsError(f"{directory}: expected a new folder or a vqvit checkpoint to replace; got other content")
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
@@ -90,9 +95,11 @@ def load(directory: str | Path, model: nn.Module | None = None, device: str | to
     apply_plan(model, plan)
     try:
         with safe_open(weights, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except SafetensorError as error:
-        raise CheckpointError(f"{weights}: expected a safetensors file; got one that cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{weights}: expected a safetensors file; got one that cannot be read: {error}"
+        ) from error
     _fill(model, tensors, weights)
     model.to(device)
     pack_weights(model)
@@ -119,7 +126,8 @@ def read_manifest(directory: str | Path) -> dict:
 def _build(directory: Path, manifest: dict) -> nn.Module:
     if manifest["library"] != "transformers":
         raise CheckpointError(
-            f"{directory}: expected load(..., model=...) for the class {manifest['class']}, which is not of transformers"
+            f"{directory}: expected load(..., model=...) for the class {manifest['class']}, "
+            "which is not of transformers"
         )
     path = directory / CONFIG
     if not path.is_file():
@@ -173,8 +181,11 @@ def _replace(staging: Path, directory: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _umask() -> int:

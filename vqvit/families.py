@@ -89,7 +89,14 @@ def probe(block: nn.Module) -> BlockParts:
             raise NotABlock(f"{role} without weight and bias over the last dimension")
     scales = {role: _layer_scale(block, role) for role in ("layer_scale1", "layer_scale2")}
     heads, softmax_scale = _attention_shape(block, qkv[0][0], attn_out[1].in_features)
-    parts = {"norm1": (norm1,), "norm2": (norm2,), "qkv": tuple(qkv), "attn_out": (attn_out,), "fc1": (fc1,), "fc2": (fc2,)}
+    parts = {
+        "norm1": (norm1,),
+        "norm2": (norm2,),
+        "qkv": tuple(qkv),
+        "attn_out": (attn_out,),
+        "fc1": (fc1,),
+        "fc2": (fc2,),
+    }
     return BlockParts(
         norm1=norm1[1],
         norm2=norm2[1],

@@ -43,8 +43,8 @@ def load_float(folder: str | Path, model_class: str | None = None) -> nn.Module:
 
     Args: folder; model_class: transformers class name, if not the first of config.json's `architectures`.
 
-    Raises `FileNotFoundError` for a folder without config.json, `ArchitectureError` for an unknown architecture, `ValueError`
-    if weights are missing from the file.
+    Raises `FileNotFoundError` for a folder without config.json, `ArchitectureError` for an unknown architecture,
+    `ValueError` if weights are missing from the file.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():

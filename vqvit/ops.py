@@ -3,9 +3,10 @@
 Each op is a schema, an argument check, a fake (shapes and dtypes for torch.compile and torch.export) and whatever the
 selected backend does. No autograd formula is registered: these ops are for inference.
 
-Symbols: M tokens, N output channels, K input channels, α fp32 scales, int8 codes in [-127, 127]. Formulas: `vqvit.numerics`.
-All floats in may be float32, float16 or bfloat16 and are converted to fp32 exactly. Every function raises `TypeError` for a
-wrong dtype and `ValueError` for a wrong shape, device or option, naming what was expected and what came.
+Symbols: M tokens, N output channels, K input channels, α fp32 scales, int8 codes in [-127, 127]. Formulas:
+`vqvit.numerics`.
+All floats in may be float32, float16 or bfloat16 and are converted to fp32 exactly. Every function raises `TypeError`
+for a wrong dtype and `ValueError` for a wrong shape, device or option, naming what was expected and what came.
 """
 
 import torch
@@ -85,9 +86,7 @@ def quantize_per_token(
     return torch.ops.vqvit.quantize_per_token(x, delta, equalizer, symmetric, row_sum)
 
 
-@_op(
-    "quantize_static(Tensor x, Tensor scale, Tensor? equalizer=None, bool row_sum=False) -> (Tensor, Tensor, Tensor)"
-)
+@_op("quantize_static(Tensor x, Tensor scale, Tensor? equalizer=None, bool row_sum=False) -> (Tensor, Tensor, Tensor)")
 def _(x, scale, equalizer=None, row_sum=False):
     va.check_rows("quantize_static", x, equalizer)
     va.check_static_scale("quantize_static", "scale", scale, x)
@@ -183,9 +182,7 @@ def add_layernorm_quantize(
     )
 
 
-@_op(
-    "patchify_quantize(Tensor pixels, int patch_height, int patch_width, Tensor? equalizer=None) -> (Tensor, Tensor)"
-)
+@_op("patchify_quantize(Tensor pixels, int patch_height, int patch_width, Tensor? equalizer=None) -> (Tensor, Tensor)")
 def _(pixels, patch_height, patch_width, equalizer=None):
     op = "patchify_quantize"
     va.check_tensor(op, "pixels", pixels, va.FLOATS, (None, None, None, None))
@@ -419,7 +416,7 @@ def _(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch.float32):
     va.check_tensor(op, "k", k, torch.int8, (batch, heads, None, width), q)
     keys = k.shape[2]
     va.check(1 <= width <= 1024, op, "a head dimension between 1 and 1024 (exact fp32 logit accumulators)", width)
-    va.check(1 <= keys <= 65536, op, "between 1 and 65536 keys (int32 accumulator of u8 x s8)", keys)
+    va.check(1 <= keys <= va.nm.MAX_KEYS, op, f"between 1 and {va.nm.MAX_KEYS} keys (int32 sum of u16 codes)", keys)
     va.check_tensor(op, "v", v, torch.int8, (batch, heads, keys, width), q)
     va.check_tensor(op, "q_scale", q_scale, torch.float32, (batch, heads, queries), q)
     va.check_tensor(op, "k_scale", k_scale, torch.float32, (batch, heads, keys), q)
@@ -440,7 +437,8 @@ def int8_attention(
 ) -> Tensor:
     """softmax(sm_scale · α_q α_kᵀ ∘ q kᵀ) v with both products in int8 and the softmax in fp32 (numerics §7).
 
-    The softmax numerators are u8 codes rne(255 · exp(l - max l)), not normalised before the second product.
+    The softmax numerators are u16 codes rne(65535 · exp(l - max l)), two u8 digits, not normalised before the second
+    product.
 
     Args: q int8 (B, H, Sq, D), k and v int8 (B, H, Sk, D); scales as `quantize_qkv` returns them.
 

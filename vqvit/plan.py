@@ -1,7 +1,7 @@
 """The precision plan: which layer runs in which tier, as a frozen, printable, JSON-serialisable object.
 
-A plan is a value: it holds names and options, no tensors, and knows nothing about models. `vqvit.rewriter` makes one from
-a model and a `QuantConfig`, and applies it.
+A plan is a value: it holds names and options, no tensors, and knows nothing about models. `vqvit.rewriter` makes one
+from a model and a `QuantConfig`, and applies it.
 """
 
 import dataclasses
@@ -162,8 +162,8 @@ class QuantConfig:
 
     Attributes:
         tier: tier of every layer, one of `TIERS`.
-        tiers: exceptions: role, or fnmatch pattern on the layer name, to tier or "skip" (leave the layer alone). The last
-            match wins.
+        tiers: exceptions: role, or fnmatch pattern on the layer name, to tier or "skip" (leave the layer alone). The
+            last match wins.
         activation, attention, per_channel, equalize, half_dtype: as in `LayerPlan`, `BlockPlan`, `Plan`.
     """
 

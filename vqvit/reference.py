@@ -26,7 +26,9 @@ K_GROUP = 4
 
 
 def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=False):
-    """α_t = (max|x_t| + δ sd(x_t)) / 127, q = rne(x / α); asymmetric: α (q - z) ≈ x. x is multiplied by `equalizer` first."""
+    """α_t = (max|x_t| + δ sd(x_t)) / 127, q = rne(x / α); asymmetric: α (q - z) ≈ x. x is multiplied by
+    `equalizer` first.
+    """
     x = _equalized(x, equalizer)
     if symmetric:
         scale = nm.row_scale(x, delta)
@@ -62,7 +64,9 @@ def add_layernorm_quantize(
 
 
 def patchify_quantize(pixels, patch_height, patch_width, equalizer=None):
-    """Patches of (B, C, Ht, Wd) as rows (B · Ht/ph · Wd/pw, C · ph · pw), in Conv2d's weight order, quantized per token."""
+    """Patches of (B, C, Ht, Wd) as rows (B · Ht/ph · Wd/pw, C · ph · pw), in Conv2d's weight order, quantized per
+    token.
+    """
     batch, channels, height, width = pixels.shape
     grid = pixels.reshape(batch, channels, height // patch_height, patch_height, width // patch_width, patch_width)
     rows = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * patch_height * patch_width)
@@ -98,9 +102,7 @@ def int8_linear_quantize(
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, symmetric=True, row_sum=False,
 ):  # fmt: skip
     """`int8_linear` to fp32, then quantized: per token, or static if `out_scale` is given."""
-    y = int8_linear(
-        a, a_scale, b, b_scale, bias, activation, None, None, a_zero, a_sum, b_zero, b_sum, torch.float32
-    )
+    y = int8_linear(a, a_scale, b, b_scale, bias, activation, None, None, a_zero, a_sum, b_zero, b_sum, torch.float32)
     if out_scale is None:
         return quantize_per_token(y, 0.0, None, symmetric, row_sum)
     codes, scale, sums = quantize_static(y, out_scale, None, row_sum)
@@ -116,7 +118,9 @@ def quantize_residual(x, codes, scale):
 def int8_linear_compensated(
     a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, out_dtype=torch.float32
 ):
-    """α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ] / 254 + μ R_A R_Bᵀ / 254²) + bias, with the terms that `mode` selects."""
+    """α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ] / 254 + μ R_A R_Bᵀ / 254²) + bias, with the terms that `mode`
+    selects.
+    """
     ra_b, a_rb, ra_rb = COMPENSATION_TERMS[mode]
     acc = int8_mm(a, b).float()
     if ra_b or a_rb:
@@ -146,7 +150,8 @@ def quantize_qkv(qkv, num_heads):
 def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch.float32):
     """softmax(sm_scale · q kᵀ) v from int8 codes; returns (B, Sq, H D).
 
-    e_ij = rne(255 · 2^(l_ij - max_j l_ij)) as u8 with l in units of log2; out = α_v · (Σ_j e_ij v_j) / (Σ_j e_ij).
+    e_ij = rne(65535 · 2^(l_ij - max_j l_ij)) = 256 hi_ij + lo_ij, l in units of log2, hi and lo u8;
+    out = α_v · fma(Σ_j hi_ij v_j, 256, Σ_j lo_ij v_j) / (Σ_j e_ij).
     """
     batch, heads, queries, width = q.shape
     acc = (q.double() @ k.double().transpose(-1, -2)).float()
@@ -154,7 +159,9 @@ def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch
     logits = (row_factor.unsqueeze(-1) * k_scale.unsqueeze(-2)) * acc
     e = torch.round(nm.exp2(logits - logits.amax(-1, keepdim=True)) * nm.P_STEPS)
     total = e.double().sum(-1).float() + row_factor * 0.0 + (k_scale * 0.0).sum(-1, keepdim=True)
-    acc = (e.double() @ v.double()).float()
+    high = torch.floor(e / nm.P_BASE)
+    high_acc, low_acc = ((digit.double() @ v.double()).float() for digit in (high, e - nm.P_BASE * high))
+    acc = nm.fma(high_acc, nm.P_BASE, low_acc)
     out = (acc * (1.0 / total).unsqueeze(-1)) * v_scale.unsqueeze(-2)
     return out.transpose(1, 2).reshape(batch, queries, heads * width).to(out_dtype)
 

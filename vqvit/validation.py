@@ -15,7 +15,12 @@ def check(condition: bool, op: str, expected: str, received: object) -> None:
 
 
 def check_tensor(
-    op: str, name: str, tensor: Tensor, dtypes: torch.dtype | tuple, shape: tuple | None = None, like: Tensor | None = None
+    op: str,
+    name: str,
+    tensor: Tensor,
+    dtypes: torch.dtype | tuple,
+    shape: tuple | None = None,
+    like: Tensor | None = None,
 ) -> None:
     """Check dtype (`TypeError`), shape and device. A None in `shape` matches any size; a leading ... any dimensions."""
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)

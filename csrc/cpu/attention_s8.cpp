@@ -1,4 +1,4 @@
-// int8_attention: heads, and blocks of queries where heads are few, shared out to threads. See attention_head.h.
+// int8_attention: heads, and blocks of queries where heads are few, shared out to threads. See attention_s8.h.
 #include <algorithm>
 
 #include "kernels.h"
@@ -10,7 +10,7 @@ extern "C" int vqvit_cpu_int8_attention(
     const int8_t* q, const int8_t* k, const int8_t* v, const float* q_scale, const float* k_scale,
     const float* v_scale, float logit_scale, int64_t batch, int64_t heads, int64_t queries, int64_t keys,
     int64_t head_dim, void* out, int dtype, int threads) {
-    if (dtype < VQVIT_F32 || dtype > VQVIT_BF16) return VQVIT_UNKNOWN_DTYPE;
+    if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (batch * heads * queries == 0) return VQVIT_OK;
     const Kernels& isa = kernels();
     const AttentionTask task = {

@@ -2,9 +2,11 @@
 //
 // A Dot is the inner kernel of an instruction set:
 //   kRows             rows of a tile
+//   kReadsU8          tiles read unsigned rows as they are, zero padded to groups
 //   kGroupBytes       bytes that four input channels of one row take once prepared
-//   prepare           one row of codes (s8, or u8 if `is_unsigned`) in the layout the tile reads, zero padded to groups
-//   tile              out[r][n] = Σ_k a[r][k] b[n][k] for `rows` <= kRows rows and 16 · `vectors` columns of a panel
+//   prepare           one row of s8 codes in the layout the tile reads, padded to groups; of u8 too unless kReadsU8
+//   tile              out[r][n] = Σ_k a[r][k] b[n][k] for `rows` <= kRows rows and 16 · `vectors` columns of a panel;
+//                     is_unsigned: a is u8
 //   pack_panel        one panel from rows of b: see pack_panel_portable
 //   pack_transposed   one panel from columns of b, without sums: see pack_transposed_portable
 #pragma once
@@ -15,6 +17,11 @@
 
 namespace vqvit {
 namespace {
+
+constexpr int kTileVectors = kPanel / 16;
+
+// Sixteens of columns in a tile that has `columns` columns left, one panel at most.
+inline int tile_vectors(int64_t columns) { return static_cast<int>(smaller(ceil_div(columns, 16), kTileVectors)); }
 
 // One panel from b, (columns, k) with rows b_stride apart: groups of (64 columns, 4 input channels), then column sums.
 inline void pack_panel_portable(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel) {
@@ -45,10 +52,12 @@ inline void pack_transposed_portable(const int8_t* v, int64_t v_stride, int64_t 
 struct DotScalar {
     static constexpr int kRows = 4;
     static constexpr int kGroupBytes = kKGroup * sizeof(int16_t);
+    static constexpr bool kReadsU8 = false;
 
-    static void prepare(const int8_t* row, int64_t k, bool is_unsigned, uint8_t* prepared) {
+    template <class Code>  // int8_t or uint8_t
+    static void prepare(const Code* row, int64_t k, uint8_t* prepared) {
         int16_t* target = reinterpret_cast<int16_t*>(prepared);
-        for (int64_t i = 0; i < k; ++i) target[i] = is_unsigned ? static_cast<uint8_t>(row[i]) : row[i];
+        for (int64_t i = 0; i < k; ++i) target[i] = row[i];
         for (int64_t i = k; i % kKGroup != 0; ++i) target[i] = 0;
     }
 

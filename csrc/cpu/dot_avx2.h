@@ -11,9 +11,12 @@ namespace {
 struct DotAvx2 {
     static constexpr int kRows = 6;  // x 16 columns: 12 accumulators, 2 weights, 1 activation, 1 product: 16 registers
     static constexpr int kGroupBytes = kKGroup * sizeof(int16_t);
+    static constexpr bool kReadsU8 = false;
 
     // A group (a0, a1, a2, a3) is stored as int16 (a0, a2, a1, a3): the pairs that even and odd weight bytes meet.
-    static void prepare(const int8_t* row, int64_t k, bool is_unsigned, uint8_t* prepared) {
+    template <class Code>  // int8_t or uint8_t
+    static void prepare(const Code* row, int64_t k, uint8_t* prepared) {
+        constexpr bool kSigned = Code(-1) < 0;
         int16_t* target = reinterpret_cast<int16_t*>(prepared);
         const int64_t groups = ceil_div(k, kKGroup);
         const __m128i pairs = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
@@ -21,12 +24,12 @@ struct DotAvx2 {
         int64_t i = 0;
         for (; i + 16 <= k; i += 16) {
             const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
-            const __m256i wide = is_unsigned ? _mm256_cvtepu8_epi16(codes) : _mm256_cvtepi8_epi16(codes);
+            const __m256i wide = kSigned ? _mm256_cvtepi8_epi16(codes) : _mm256_cvtepu8_epi16(codes);
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i), _mm256_shuffle_epi8(wide, swap));
         }
         for (; i < groups * kKGroup; ++i) {
             const int64_t position = i % kKGroup == 1 ? i + 1 : i % kKGroup == 2 ? i - 1 : i;
-            target[position] = i >= k ? 0 : is_unsigned ? static_cast<uint8_t>(row[i]) : row[i];
+            target[position] = i < k ? row[i] : 0;
         }
     }
 

@@ -1,7 +1,7 @@
 // Int8 tiles of 6 rows x 64 columns on vpdpbusd: 24 of the 32 zmm registers accumulate, four hold weights.
 //
-// vpdpbusd multiplies u8 by s8. Signed codes a are read as a + 128 and the tile starts from -128 Σ_k b[n, k], which the
-// panel carries: exact modulo 2^32, hence exact.
+// vpdpbusd multiplies u8 by s8. Signed codes a are read as a + 128 and the tile starts from -128 Σ_k b[n, k], which
+// the panel carries: exact modulo 2^32, hence exact.
 #pragma once
 
 #include <immintrin.h>
@@ -14,10 +14,11 @@ namespace {
 struct DotAvx512Vnni {
     static constexpr int kRows = 6;
     static constexpr int kGroupBytes = kKGroup;
+    static constexpr bool kReadsU8 = true;
     static constexpr int kColumns = 16;  // of a zmm register
 
-    static void prepare(const int8_t* row, int64_t k, bool is_unsigned, uint8_t* prepared) {
-        const __m512i offset = _mm512_set1_epi8(static_cast<char>(is_unsigned ? 0 : 128));
+    static void prepare(const int8_t* row, int64_t k, uint8_t* prepared) {
+        const __m512i offset = _mm512_set1_epi8(static_cast<char>(128));
         int64_t i = 0;
         for (; i + 64 <= k; i += 64) {
             _mm512_storeu_si512(prepared + i, _mm512_xor_si512(_mm512_loadu_si512(row + i), offset));

@@ -12,16 +12,17 @@ namespace {
 struct DotAvxVnni {
     static constexpr int kRows = 6;  // x 16 columns: 12 accumulators, 2 weights, 1 activation of 16 registers
     static constexpr int kGroupBytes = kKGroup;
+    static constexpr bool kReadsU8 = true;
 
-    static void prepare(const int8_t* row, int64_t k, bool is_unsigned, uint8_t* prepared) {
-        const int offset = is_unsigned ? 0 : 128;
-        const __m256i flip = _mm256_set1_epi8(static_cast<char>(offset));
+    static void prepare(const int8_t* row, int64_t k, uint8_t* prepared) {
+        constexpr int kOffset = 128;
+        const __m256i flip = _mm256_set1_epi8(static_cast<char>(kOffset));
         int64_t i = 0;
         for (; i + 32 <= k; i += 32) {
             const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(prepared + i), _mm256_xor_si256(codes, flip));
         }
-        for (; i < k; ++i) prepared[i] = static_cast<uint8_t>(row[i] ^ offset);
+        for (; i < k; ++i) prepared[i] = static_cast<uint8_t>(row[i] ^ kOffset);
         for (; i % kKGroup != 0; ++i) prepared[i] = 0;
     }
 

@@ -1,5 +1,5 @@
 // int8_mm, int8_linear, int8_linear_quantize, int8_linear_compensated: blocking and threads around the panel kernels.
-// The formulas are in gemm_panel.h.
+// The formulas are in gemm_s8.h.
 #include <algorithm>
 #include <cstring>
 
@@ -106,7 +106,6 @@ GemmTask gemm_task(const vqvit_gemm& g, Store store, void* out, int dtype, int t
     return t;
 }
 
-bool known_dtype(int dtype) { return dtype >= VQVIT_F32 && dtype <= VQVIT_BF16; }
 bool known_activation(int activation) { return activation >= VQVIT_NONE && activation <= VQVIT_RELU; }
 
 }  // namespace

@@ -1,9 +1,10 @@
 // The table of an instruction set from its vector type V and its dot-product tiles.
 #pragma once
 
-#include "attention_head.h"
-#include "gemm_panel.h"
-#include "row_ops.h"
+#include "attention_s8.h"
+#include "gemm_s8.h"
+#include "layernorm_quantize.h"
+#include "quantize.h"
 
 namespace vqvit {
 namespace {

@@ -15,8 +15,12 @@ constexpr int64_t kGroupBytes = int64_t{kPanel} * kKGroup;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Bytes of a panel for k input channels: its groups and the group of column sums.
 inline int64_t panel_bytes(int64_t k) { return (ceil_div(k, kKGroup) + 1) * kGroupBytes; }
+
+inline bool known_dtype(int dtype) { return dtype >= VQVIT_F32 && dtype <= VQVIT_BF16; }
 
 // How rows of codes come out of a quantizer.
 struct Codes {

@@ -5,12 +5,15 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
-// Standard and intrinsic headers come before the pragma: nothing of them may be compiled for AVX-512.
+// What other files share comes before the pragma: none of it may be compiled for AVX-512.
 #include <immintrin.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "kernels.h"
+#include "scratch.h"
 
 namespace {
 bool supported() {

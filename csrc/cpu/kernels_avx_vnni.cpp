@@ -1,12 +1,15 @@
 // Kernels for AVX-VNNI beside AVX2 (Intel Alder Lake and Sierra Forest, AMD Zen 5, and later).
 #if defined(__x86_64__)
 
-// Standard and intrinsic headers come before the pragma: nothing of them may be compiled for AVX2.
+// What other files share comes before the pragma: none of it may be compiled for AVX2.
 #include <immintrin.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "kernels.h"
+#include "scratch.h"
 
 namespace {
 bool supported() {

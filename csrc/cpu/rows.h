@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "scratch.h"
 #include "vmath.h"
 
 namespace vqvit {
@@ -108,6 +109,11 @@ inline typename V::F keep(typename V::F v, Extent extent) {
 
 // Length of a buffer for rows of k elements: its last vector may be stored whole.
 inline int64_t padded_length(int64_t k) { return round_up(k, kPanel); }
+
+// This thread's buffer for `rows` fp32 rows.
+inline float* row_scratch(int64_t k, int64_t rows = 1) {
+    return static_cast<float*>(scratch(Slot::kRow, rows * padded_length(k) * int64_t{sizeof(float)}));
+}
 
 // One row as fp32 and the bits of its largest magnitude.
 struct Row {

@@ -62,6 +62,7 @@ struct Avx2 {
     static I and_i(I a, I b) { return _mm256_and_si256(a, b); }
     static I min_i(I a, I b) { return _mm256_min_epi32(a, b); }
     static I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
+    static I shift_right_8(I v) { return _mm256_srli_epi32(v, 8); }
     static I shift_left_23(I v) { return _mm256_slli_epi32(v, 23); }
 
     static F first_or(F v, int n, F other) {

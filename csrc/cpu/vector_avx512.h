@@ -57,6 +57,7 @@ struct Avx512 {
     static I and_i(I a, I b) { return _mm512_and_si512(a, b); }
     static I min_i(I a, I b) { return _mm512_min_epi32(a, b); }
     static I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
+    static I shift_right_8(I v) { return _mm512_srli_epi32(v, 8); }
     static I shift_left_23(I v) { return _mm512_slli_epi32(v, 23); }
 
     // The first n lanes of v, then those of `other`; n >= 1.

@@ -78,6 +78,7 @@ struct Scalar {
     static I and_i(I a, I b) { return a & b; }
     static I min_i(I a, I b) { return a < b ? a : b; }
     static I max_i(I a, I b) { return a > b ? a : b; }
+    static I shift_right_8(I v) { return static_cast<I>(static_cast<uint32_t>(v) >> 8); }
     static I shift_left_23(I v) { return static_cast<I>(static_cast<uint32_t>(v) << 23); }
 
     static F first_or(F v, int n, F other) { return n >= 1 ? v : other; }

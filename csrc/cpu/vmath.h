@@ -1,4 +1,4 @@
-// The functions of vqvit/numerics.py on vectors: polynomials, activations, grids and codes, in the same fp32 operations.
+// The functions of vqvit/numerics.py on vectors, in the same fp32 operations: polynomials, activations, grids, codes.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@ constexpr float kAsymSteps = 254.0f;       // steps between the codes -127 and 1
 constexpr float kResidualSteps = 254.0f;   // residual codes count in units of scale / 254
 constexpr int kMeanGridBits = 21;          // row statistics count in units of 2^(e - 21)
 constexpr int kGridExponentMin = -100;
-constexpr float kPSteps = 255.0f;          // softmax numerators are u8 codes
+constexpr float kPSteps = 65535.0f;        // softmax numerators are u16 codes
+constexpr float kPBase = 256.0f;           // of two u8 digits
 constexpr float kExp2Min = -126.0f;
 constexpr float kLog2E = static_cast<float>(1.4426950408889634);
 constexpr float kQuickGeluSlope = static_cast<float>(1.702);
@@ -70,27 +71,46 @@ inline typename V::F gelu(typename V::F x, const float (&coefficients)[12]) {
     return V::mul(x, V::fma(clamped, polynomial<V>(u, coefficients), V::set(0.5f)));
 }
 
-// Activation of y[0..n) in place; `kind` is an enum vqvit_activation.
-template <class V, int N>
-inline void activate(typename V::F (&y)[N], int kind) {
+// Activation number `Kind` of enum vqvit_activation.
+template <class V, int Kind>
+inline typename V::F activation(typename V::F x) {
+    switch (Kind) {
+        case VQVIT_GELU:
+            return gelu<V>(x, kGelu);
+        case VQVIT_GELU_TANH:
+            return gelu<V>(x, kGeluTanh);
+        case VQVIT_QUICK_GELU:
+            return V::mul(x, sigmoid<V>(V::mul(x, V::set(kQuickGeluSlope))));
+        case VQVIT_SILU:
+            return V::mul(x, sigmoid<V>(x));
+        case VQVIT_RELU:  // max returns its second operand for NaN and for zeros: both stay as they are
+            return V::max(V::set(0.0f), x);
+        default:
+            return x;
+    }
+}
+
+template <int K>
+struct Activation {
+    static constexpr int kind = K;
+};
+
+// body(Activation<K>{}) for the K that `kind` names.
+template <class Body>
+inline void with_activation(int kind, const Body& body) {
     switch (kind) {
         case VQVIT_GELU:
-            for (auto& v : y) v = gelu<V>(v, kGelu);
-            break;
+            return body(Activation<VQVIT_GELU>{});
         case VQVIT_GELU_TANH:
-            for (auto& v : y) v = gelu<V>(v, kGeluTanh);
-            break;
+            return body(Activation<VQVIT_GELU_TANH>{});
         case VQVIT_QUICK_GELU:
-            for (auto& v : y) v = V::mul(v, sigmoid<V>(V::mul(v, V::set(kQuickGeluSlope))));
-            break;
+            return body(Activation<VQVIT_QUICK_GELU>{});
         case VQVIT_SILU:
-            for (auto& v : y) v = V::mul(v, sigmoid<V>(v));
-            break;
-        case VQVIT_RELU:  // max returns its second operand for NaN and for zeros: both stay as they are
-            for (auto& v : y) v = V::max(V::set(0.0f), v);
-            break;
+            return body(Activation<VQVIT_SILU>{});
+        case VQVIT_RELU:
+            return body(Activation<VQVIT_RELU>{});
         default:
-            break;
+            return body(Activation<VQVIT_NONE>{});
     }
 }
 

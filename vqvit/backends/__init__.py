@@ -1,8 +1,8 @@
 """Which implementation of an op runs: `reference` (torch, any device), `cpu` (C++), `triton`.
 
 A backend is a module with one function per op, named and parameterised like `vqvit.reference`; `unavailable()`, which
-returns None or the reason why it cannot run; and `device_types()`, whose tensors it takes. The choice per device is automatic, logged once, and can be forced.
-The forced backend is process-wide state, like `torch.set_num_threads`.
+returns None or the reason why it cannot run; and `device_types()`, whose tensors it takes. The choice per device is
+automatic, logged once, and can be forced. The forced backend is process-wide state, like `torch.set_num_threads`.
 """
 
 import importlib

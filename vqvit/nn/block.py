@@ -52,7 +52,9 @@ class EncoderBlock(QuantModule):
         if attention_mask is not None or kwargs.get("head_mask") is not None:
             raise ValueError(f"{self.plan.name}: expected no attention or head mask (not computed in int8); got one")
         if kwargs.get("output_attentions"):
-            raise ValueError(f"{self.plan.name}: expected output_attentions=False: int8 attention keeps no probabilities")
+            raise ValueError(
+                f"{self.plan.name}: expected output_attentions=False: int8 attention keeps no probabilities"
+            )
         batch, tokens, width = hidden_states.shape
         stream = hidden_states.reshape(batch * tokens, width)
         dtype = stream.dtype

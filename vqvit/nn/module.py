@@ -17,7 +17,9 @@ class QuantModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """An empty tensor with the dtype and device of the activations: model code reads `.weight.dtype` to cast inputs."""
+        """An empty tensor with the dtype and device of the activations: model code reads `.weight.dtype` to cast
+        inputs.
+        """
         return torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device)
 
     def hold(self, **tensors: Tensor | None) -> None:

@@ -29,7 +29,7 @@ inline void copy_columns(T (&target)[kPanel], const T* source, const PanelColumn
 
 inline void load_columns(const vqvit_gemm& g, int64_t panel, PanelColumns& c) {
     c.first = panel * kPanel;
-    c.count = g.n - c.first < kPanel ? g.n - c.first : kPanel;
+    c.count = smaller(g.n - c.first, kPanel);
     copy_columns(c.b_scale, g.b_scale, c);
     copy_columns(c.bias, g.bias, c);  // a missing bias is zero: fma(acc, scale, 0) = acc · scale
     copy_columns(c.layer_scale, g.layer_scale, c);
@@ -107,61 +107,63 @@ inline void store_static_codes(typename V::F (&y)[N], const GemmTask& t, const P
     if (t.row_sum != nullptr) __atomic_fetch_add(t.row_sum + m, sum_codes(codes, c.count), __ATOMIC_RELAXED);
 }
 
-// acc as fp32 to y, activation, residual and store of one row of a tile.
+// The accumulators of row m as fp32, zero points and compensation included. A compensated tile holds the products a b,
+// R_a b, a R_b and R_a R_b one after the other.
 template <class V, int N>
-inline void finish_row(typename V::F (&acc)[N], const GemmTask& t, const PanelColumns& c, int64_t m) {
-    const vqvit_gemm& g = t.gemm;
-    const typename V::F a_scale = V::set(g.a_scale[m]);
-    for (int v = 0; v < N; ++v) {
-        const typename V::F scale = V::mul(a_scale, V::load(c.b_scale + v * V::lanes));
-        acc[v] = V::fma(acc[v], scale, V::load(c.bias + v * V::lanes));
+inline void load_accumulators(
+    typename V::F (&y)[N], const GemmTask& t, const PanelColumns& c, int64_t m, const int32_t* products, int64_t tile) {
+    typename V::I acc[N];
+    for (int v = 0; v < N; ++v) acc[v] = V::load_i(products + v * V::lanes);
+    subtract_zero_points<V>(acc, t.gemm, c, m);
+    for (int v = 0; v < N; ++v) y[v] = V::to_float(acc[v]);
+    if ((t.terms & 3) != 0) {
+        for (int v = 0; v < N; ++v) {
+            const int32_t* p = products + v * V::lanes;
+            const typename V::I sum = V::add_i(V::load_i(p + tile), V::load_i(p + 2 * tile));
+            y[v] = V::fma(V::to_float(sum), V::set(t.first_order), y[v]);
+        }
     }
-    activate<V>(acc, g.activation);
-    add_residual<V>(acc, g, c, m);
-    if (t.store == Store::kStaticCodes) return store_static_codes<V>(acc, t, c, m);
-    with_dtype(t.dtype, [&](auto dtype) {
-        char* out = static_cast<char*>(t.out) + (m * t.out_stride + c.first) * dtype.size;
-        for_columns<V>(c, [&](int v, auto extent) { store_as<V>(out, v * V::lanes, acc[v], dtype, extent); });
+    if ((t.terms & 4) != 0) {
+        for (int v = 0; v < N; ++v) {
+            const typename V::I product = V::load_i(products + v * V::lanes + 3 * tile);
+            y[v] = V::fma(V::to_float(product), V::set(t.second_order), y[v]);
+        }
+    }
+}
+
+// A tile of int32 products to `out`: dequantization, activation, residual and store.
+template <class V>
+void finish_tile(
+    const GemmTask& t, const PanelColumns& c, int64_t first, int rows, const int32_t* products, int64_t tile) {
+    constexpr int kVectors = kPanel / V::lanes;
+    const vqvit_gemm& g = t.gemm;
+    with_activation(g.activation, [&](auto activation_kind) {
+        for (int64_t m = first; m < first + rows; ++m, products += kPanel) {
+            typename V::F y[kVectors];
+            load_accumulators<V>(y, t, c, m, products, tile);
+            const typename V::F a_scale = V::set(g.a_scale[m]);
+            for (int v = 0; v < kVectors; ++v) {
+                const typename V::F scale = V::mul(a_scale, V::load(c.b_scale + v * V::lanes));
+                y[v] = V::fma(y[v], scale, V::load(c.bias + v * V::lanes));
+                y[v] = activation<V, activation_kind.kind>(y[v]);
+            }
+            add_residual<V>(y, g, c, m);
+            if (t.store == Store::kStaticCodes) {
+                store_static_codes<V>(y, t, c, m);
+                continue;
+            }
+            with_dtype(t.dtype, [&](auto dtype) {
+                char* out = static_cast<char*>(t.out) + (m * t.out_stride + c.first) * dtype.size;
+                for_columns<V>(c, [&](int v, auto extent) { store_as<V>(out, v * V::lanes, y[v], dtype, extent); });
+            });
+        }
     });
 }
 
-template <class V>
-void finish_tile(const GemmTask& t, const PanelColumns& c, int64_t first, int rows, const int32_t* tile) {
-    constexpr int kVectors = kPanel / V::lanes;
-    for (int r = 0; r < rows; ++r, tile += kPanel) {
-        if (t.store == Store::kInt32) {
-            int32_t* out = static_cast<int32_t*>(t.out) + (first + r) * t.out_stride + c.first;
-            std::memcpy(out, tile, static_cast<size_t>(c.count) * sizeof(int32_t));
-            continue;
-        }
-        typename V::I acc[kVectors];
-        for (int v = 0; v < kVectors; ++v) acc[v] = V::load_i(tile + v * V::lanes);
-        subtract_zero_points<V>(acc, t.gemm, c, first + r);
-        typename V::F y[kVectors];
-        for (int v = 0; v < kVectors; ++v) y[v] = V::to_float(acc[v]);
-        finish_row<V>(y, t, c, first + r);
-    }
-}
-
-// fma(R_a R_b, second_order, fma(R_a b + a R_b, first_order, a b)) with the products that `terms` selects.
-template <class V>
-void finish_compensated_tile(
-    const GemmTask& t, const PanelColumns& c, int64_t first, int rows, const int32_t* products, int64_t tile_size) {
-    constexpr int kVectors = kPanel / V::lanes;
-    for (int r = 0; r < rows; ++r) {
-        typename V::F y[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-            const int32_t* p = products + r * kPanel + v * V::lanes;
-            y[v] = V::to_float(V::load_i(p));
-            if ((t.terms & 3) != 0) {
-                const typename V::I sum = V::add_i(V::load_i(p + tile_size), V::load_i(p + 2 * tile_size));
-                y[v] = V::fma(V::to_float(sum), V::set(t.first_order), y[v]);
-            }
-            if ((t.terms & 4) != 0) {
-                y[v] = V::fma(V::to_float(V::load_i(p + 3 * tile_size)), V::set(t.second_order), y[v]);
-            }
-        }
-        finish_row<V>(y, t, c, first + r);
+inline void store_products(const GemmTask& t, const PanelColumns& c, int64_t first, int rows, const int32_t* tile) {
+    for (int64_t m = first; m < first + rows; ++m, tile += kPanel) {
+        int32_t* out = static_cast<int32_t*>(t.out) + m * t.out_stride + c.first;
+        std::memcpy(out, tile, static_cast<size_t>(c.count) * sizeof(int32_t));
     }
 }
 
@@ -171,31 +173,32 @@ void gemm_panel(
     const void* prepared_residual) {
     const int64_t groups = ceil_div(t.gemm.k, kKGroup), a_stride = groups * Dot::kGroupBytes;
     const int64_t offset = panel * panel_bytes(t.gemm.k);
-    const uint8_t* a = static_cast<const uint8_t*>(prepared);
-    const uint8_t* a_residual = static_cast<const uint8_t*>(prepared_residual);
     constexpr int64_t kTile = int64_t{Dot::kRows} * kPanel;
-    constexpr int kVectors = kPanel / 16;
     PanelColumns columns;
     load_columns(t.gemm, panel, columns);
 
-    for (int64_t m = first; m < last; m += Dot::kRows, a += Dot::kRows * a_stride) {
-        const int rows = static_cast<int>(last - m < Dot::kRows ? last - m : Dot::kRows);
-        if (t.terms == 0) {
-            alignas(64) int32_t tile[kTile];
-            Dot::tile(rows, kVectors, a, a_stride, t.panels + offset, groups, false, tile, kPanel);
-            finish_tile<V>(t, columns, m, rows, tile);
-            continue;
+    // Products in the order a b, R_a b, a R_b, R_a R_b: the first always, the others as `terms` says.
+    const uint8_t* a = static_cast<const uint8_t*>(prepared);
+    const uint8_t* a_residual = static_cast<const uint8_t*>(prepared_residual);
+    const uint8_t* left[4] = {a, a_residual, a, a_residual};
+    const int8_t* right[4] = {t.panels, t.panels, t.residual_panels, t.residual_panels};
+    const int wanted = 1 | t.terms << 1;
+    alignas(64) int32_t products[4 * kTile];
+    if (t.terms != 0) std::memset(products, 0, sizeof products);
+
+    for (int64_t m = first; m < last; m += Dot::kRows) {
+        const int rows = static_cast<int>(smaller(last - m, Dot::kRows));
+        for (int i = 0; wanted >> i != 0; ++i) {
+            if ((wanted >> i & 1) == 0) continue;
+            const uint8_t* rows_of_a = left[i] + (m - first) * a_stride;
+            int32_t* tile = products + i * kTile;
+            Dot::tile(rows, kTileVectors, rows_of_a, a_stride, right[i] + offset, groups, false, tile, kPanel);
         }
-        // Products in the order a b, R_a b, a R_b, R_a R_b.
-        alignas(64) int32_t products[4 * kTile] = {};
-        const uint8_t* left[4] = {a, a_residual, a, a_residual};
-        const int8_t* right[4] = {t.panels, t.panels, t.residual_panels, t.residual_panels};
-        for (int i = 0; i < 4; ++i) {
-            if (i > 0 && (t.terms >> (i - 1) & 1) == 0) continue;
-            Dot::tile(rows, kVectors, left[i], a_stride, right[i] + offset, groups, false, products + i * kTile, kPanel);
+        if (t.store == Store::kInt32) {
+            store_products(t, columns, m, rows, products);
+        } else {
+            finish_tile<V>(t, columns, m, rows, products, kTile);
         }
-        finish_compensated_tile<V>(t, columns, m, rows, products, kTile);
-        if (a_residual != nullptr) a_residual += Dot::kRows * a_stride;
     }
 }
 
@@ -203,7 +206,7 @@ template <class Dot>
 void prepare_a(const int8_t* a, int64_t a_stride, int64_t k, int64_t first, int64_t last, void* prepared) {
     const int64_t stride = ceil_div(k, kKGroup) * Dot::kGroupBytes;
     for (int64_t m = first; m < last; ++m) {
-        Dot::prepare(a + m * a_stride, k, false, static_cast<uint8_t*>(prepared) + (m - first) * stride);
+        Dot::prepare(a + m * a_stride, k, static_cast<uint8_t*>(prepared) + (m - first) * stride);
     }
 }
 

@@ -1,0 +1,194 @@
+// softmax(sm_scale · q kᵀ) v of one head, a few queries at a time: the logits of a tile's rows never leave L1.
+//
+//   l_ij = (α_q[i] sm_scale log2 e · α_k[j]) · Σ_d q[i, d] k[j, d]
+//   e_ij = rne(65535 · 2^(l_ij - max_j l_ij)) = 256 hi_ij + lo_ij, two u8 digits
+//   out  = α_v · fma(Σ_j hi_ij v[j], 256, Σ_j lo_ij v[j]) / Σ_j e_ij
+#pragma once
+
+#include <cmath>
+
+#include "rows.h"
+
+namespace vqvit {
+namespace {
+
+// Where the parts of one head's working set lie in this thread's scratch.
+struct HeadScratch {
+    int64_t key_panels, key_columns, value_groups;
+    int8_t* k;            // panels of k, (keys, head_dim)
+    int8_t* v;            // panels of vᵀ, (head_dim, keys)
+    float* k_scale;       // (key_columns), zero beyond the keys
+    float k_scale_absmax;
+    uint8_t* q;           // (kRows) prepared rows of q
+    int32_t* logits;      // (kRows, key_columns): accumulators, then fp32 logits
+    uint8_t* digits;      // (2, kRows, key_columns): high digits of the numerators, then low ones
+    uint8_t* p;           // (2, kRows) prepared rows of digits; the digits themselves if tiles read u8
+    int32_t* out;         // (2, kRows, 64) accumulators of either digit
+
+    HeadScratch(const AttentionTask& t, int64_t rows, int64_t group_bytes) {
+        constexpr int64_t kLine = 64;
+        key_panels = ceil_div(t.keys, kPanel);
+        key_columns = key_panels * kPanel;
+        value_groups = ceil_div(t.keys, kKGroup);
+
+        int64_t bytes = 0;
+        const auto place = [&](int64_t size) {
+            const int64_t offset = bytes;
+            bytes += round_up(size, kLine);
+            return offset;
+        };
+        const int64_t k_at = place(key_panels * panel_bytes(t.head_dim));
+        const int64_t v_at = place(ceil_div(t.head_dim, kPanel) * panel_bytes(t.keys));
+        const int64_t k_scale_at = place(key_columns * int64_t{sizeof(float)});
+        const int64_t q_at = place(rows * ceil_div(t.head_dim, kKGroup) * group_bytes);
+        const int64_t logits_at = place(rows * key_columns * int64_t{sizeof(int32_t)});
+        const int64_t digits_at = place(2 * rows * key_columns);
+        const int64_t p_at = place(2 * rows * value_groups * group_bytes);
+        const int64_t out_at = place(2 * rows * kPanel * int64_t{sizeof(int32_t)});
+
+        char* base = static_cast<char*>(scratch(Slot::kAttention, bytes));
+        k = reinterpret_cast<int8_t*>(base + k_at);
+        v = reinterpret_cast<int8_t*>(base + v_at);
+        k_scale = reinterpret_cast<float*>(base + k_scale_at);
+        q = reinterpret_cast<uint8_t*>(base + q_at);
+        logits = reinterpret_cast<int32_t*>(base + logits_at);
+        digits = reinterpret_cast<uint8_t*>(base + digits_at);
+        p = reinterpret_cast<uint8_t*>(base + p_at);
+        out = reinterpret_cast<int32_t*>(base + out_at);
+    }
+};
+
+// The head's keys, values and key scales into `s`. Returns whether all key scales are finite.
+template <class V, class Dot>
+bool load_head(const AttentionTask& t, int64_t bh, HeadScratch& s) {
+    const int64_t d = t.head_dim;
+    const int8_t* k = t.k + bh * t.keys * d;
+    for (int64_t j = 0; j < t.keys; j += kPanel) {
+        Dot::pack_panel(k + j * d, d, smaller(t.keys - j, kPanel), d, s.k + j / kPanel * panel_bytes(d));
+    }
+    const int8_t* v = t.v + bh * t.keys * d;
+    for (int64_t i = 0; i < d; i += kPanel) {
+        Dot::pack_transposed(v + i, d, smaller(d - i, kPanel), t.keys, s.v + i / kPanel * panel_bytes(t.keys));
+    }
+    const Row k_scale = read_row<V>(t.k_scale + bh * t.keys, Dtype<VQVIT_F32>{}, t.keys, nullptr, nullptr);
+    std::memset(s.k_scale, 0, static_cast<size_t>(s.key_columns) * sizeof(float));
+    std::memcpy(s.k_scale, k_scale.x, static_cast<size_t>(t.keys) * sizeof(float));
+    s.k_scale_absmax = from_bits(k_scale.absmax_bits);
+    return k_scale.finite();
+}
+
+// acc to logits, in place; returns their maximum, or NaN if a logit is NaN or the maximum is not finite: then every
+// numerator of the row is NaN.
+template <class V>
+float logits_row(int32_t* acc, const HeadScratch& s, int64_t keys, float row_factor) {
+    float* logits = reinterpret_cast<float*>(acc);
+    const typename V::F factor = V::set(row_factor), lowest = V::set(-INFINITY);
+    typename V::F largest = lowest;
+    for_vectors<V>(keys, [&](int64_t j, auto extent) {
+        const typename V::F scale = V::mul(factor, V::load(s.k_scale + j));
+        const typename V::F l = keep_or<V>(V::mul(scale, V::to_float(V::load_i(acc + j))), extent, lowest);
+        V::store(logits + j, l);
+        largest = V::max(l, largest);
+    });
+    const float top = V::reduce_max(largest);
+    if (!std::isfinite(top)) return NAN;
+    if (!std::isfinite(row_factor * s.k_scale_absmax)) {  // a factor overflows, so Inf · 0 = NaN is possible
+        for (int64_t j = 0; j < keys; ++j) {
+            if (std::isnan(logits[j])) return NAN;
+        }
+    }
+    return top;
+}
+
+// The digits of e_j = rne(65535 · 2^(logits[j] - top)), zero up to a whole vector; returns Σ e_j.
+template <class V>
+int32_t numerators_row(const int32_t* acc, int64_t keys, float top, uint8_t* high, uint8_t* low) {
+    const float* logits = reinterpret_cast<const float*>(acc);
+    const typename V::F reference = V::set(top);
+    typename V::I total = V::set_i(0);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < keys; j += V::lanes) {
+        const typename V::F power = exp2<V>(V::sub(V::load(logits + j), reference));
+        const typename V::I e = V::to_int(V::mul(power, V::set(kPSteps)));
+        V::store_low_byte(high + j, V::shift_right_8(e));
+        V::store_low_byte(low + j, e);
+        total = V::add_i(total, e);
+    }
+    return V::reduce_add_i(total);
+}
+
+// Channels [d0, d0 + 64) of one query from the accumulators of its digits.
+template <class V>
+void store_head_row(
+    const AttentionTask& t, char* out, const int32_t* high, const int32_t* low, const float* v_scale, int64_t d0,
+    float total) {
+    const typename V::F inverse = V::set(1.0f / total);
+    with_dtype(t.dtype, [&](auto dtype) {
+        for_vectors<V>(smaller(t.head_dim - d0, kPanel), [&](int64_t i, auto extent) {
+            const typename V::F high_acc = V::to_float(V::load_i(high + i)), low_acc = V::to_float(V::load_i(low + i));
+            const typename V::F mean = V::mul(V::fma(high_acc, V::set(kPBase), low_acc), inverse);
+            const typename V::F y = V::mul(mean, load_row<V>(v_scale, d0 + i, extent));
+            store_as<V>(out, d0 + i, y, dtype, extent);
+        });
+    });
+}
+
+template <class V, class Dot>
+void attention_head(const AttentionTask& t, int64_t batch, int64_t head, int64_t first, int64_t last) {
+    const int64_t bh = batch * t.heads + head, d = t.head_dim, q_groups = ceil_div(d, kKGroup);
+    HeadScratch s(t, Dot::kRows, Dot::kGroupBytes);
+    const int64_t q_stride = q_groups * Dot::kGroupBytes;
+    const int64_t p_stride = Dot::kReadsU8 ? s.key_columns : s.value_groups * Dot::kGroupBytes;
+    const uint8_t* p = Dot::kReadsU8 ? s.digits : s.p;
+    const bool finite_keys = load_head<V, Dot>(t, bh, s);
+
+    const int64_t out_stride = t.heads * d * dtype_size(t.dtype);
+    char* out = static_cast<char*>(t.out) + batch * t.queries * out_stride + head * d * dtype_size(t.dtype);
+    for (int64_t i = first; i < last; i += Dot::kRows) {
+        const int rows = static_cast<int>(smaller(last - i, Dot::kRows));
+
+        // Logit accumulators q kᵀ.
+        const int8_t* q = t.q + (bh * t.queries + i) * d;
+        for (int r = 0; r < rows; ++r) Dot::prepare(q + r * d, d, s.q + r * q_stride);
+        for (int64_t j = 0; j < t.keys; j += kPanel) {
+            const int8_t* panel = s.k + j / kPanel * panel_bytes(d);
+            Dot::tile(
+                rows, tile_vectors(t.keys - j), s.q, q_stride, panel, q_groups, false, s.logits + j, s.key_columns);
+        }
+
+        // Softmax numerators. A scale that is not finite poisons its query, or every query if it is a key's.
+        float top[Dot::kRows], total[Dot::kRows];
+        for (int r = 0; r < rows; ++r) {
+            const float row_factor = t.q_scale[bh * t.queries + i + r] * t.logit_scale;
+            top[r] = logits_row<V>(s.logits + r * s.key_columns, s, t.keys, row_factor);
+            if (!finite_keys || !std::isfinite(row_factor)) top[r] = NAN;
+        }
+        for (int r = 0; r < rows; ++r) {
+            uint8_t* high = s.digits + r * s.key_columns;
+            uint8_t* low = high + Dot::kRows * s.key_columns;
+            const int32_t sum = numerators_row<V>(s.logits + r * s.key_columns, t.keys, top[r], high, low);
+            total[r] = std::isnan(top[r]) ? NAN : static_cast<float>(sum);
+            if constexpr (!Dot::kReadsU8) {
+                Dot::prepare(high, t.keys, s.p + r * p_stride);
+                Dot::prepare(low, t.keys, s.p + (Dot::kRows + r) * p_stride);
+            }
+        }
+
+        // p v, normalised.
+        for (int64_t d0 = 0; d0 < d; d0 += kPanel) {
+            const int8_t* panel = s.v + d0 / kPanel * panel_bytes(t.keys);
+            int32_t* high = s.out;
+            int32_t* low = s.out + Dot::kRows * kPanel;
+            const uint8_t* p_low = p + Dot::kRows * p_stride;
+            const int vectors = tile_vectors(d - d0);
+            Dot::tile(rows, vectors, p, p_stride, panel, s.value_groups, true, high, kPanel);
+            Dot::tile(rows, vectors, p_low, p_stride, panel, s.value_groups, true, low, kPanel);
+            for (int r = 0; r < rows; ++r, high += kPanel, low += kPanel) {
+                store_head_row<V>(t, out + (i + r) * out_stride, high, low, t.v_scale + bh * d, d0, total[r]);
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace vqvit

@@ -1,0 +1,69 @@
+// (Residual add, then) LayerNorm of rows, then codes, in one pass over each row while it is in L1.
+#pragma once
+
+#include "rows.h"
+
+namespace vqvit {
+namespace {
+
+// y = fma((x - mean) · rstd, weight, bias); a row with NaN or Inf becomes NaN. y may be row.x.
+template <class V>
+Row normalize_row(const Row& row, const LayerNormRows& t, float* y) {
+    float mean = NAN, rstd = NAN;
+    if (row.finite()) {
+        const int exponent = grid_exponent(row.absmax_bits);
+        mean = row_mean<V>(row.x, t.k, exponent);
+        const float variance = row_variance<V>(row.x, t.k, mean, exponent);
+        rstd = 1.0f / (t.paper ? std::sqrt(variance) + t.eps : std::sqrt(variance + t.eps));
+    }
+    const typename V::F center = V::set(mean), factor = V::set(rstd);
+    typename V::I largest = V::set_i(0);
+    for_vectors<V>(t.k, [&](int64_t i, auto extent) {
+        const typename V::F normalized = V::mul(V::sub(load_row<V>(row.x, i, extent), center), factor);
+        const typename V::F scaled =
+            V::fma(normalized, load_row<V>(t.weight, i, extent), load_row<V>(t.bias, i, extent));
+        const typename V::F v = keep<V>(scaled, extent);
+        V::store(y + i, v);
+        largest = V::max_i(largest, magnitude_bits<V>(v));
+    });
+    return {y, V::reduce_max_i(largest)};
+}
+
+// stream = residual + layer_scale ∘ x, rounded to residual's dtype, and as an fp32 row.
+template <class V, int D>
+Row add_residual_row(const float* x, const LayerNormRows& t, Dtype<D> dtype, int64_t m, float* sum) {
+    const int64_t offset = m * t.k * dtype.size;
+    const char* residual = static_cast<const char*>(t.residual) + offset;
+    char* stream = static_cast<char*>(t.stream) + offset;
+    typename V::I largest = V::set_i(0);
+    for_vectors<V>(t.k, [&](int64_t i, auto extent) {
+        const typename V::F base = load_as<V>(residual, i, dtype, extent);
+        typename V::F y = load_row<V>(x, i, extent);
+        y = t.layer_scale == nullptr ? V::add(base, y) : V::fma(y, load_row<V>(t.layer_scale, i, extent), base);
+        store_as<V>(stream, i, y, dtype, extent);
+        if (D != VQVIT_F32) y = load_as<V>(stream, i, dtype, extent);
+        V::store(sum + i, y);
+        largest = V::max_i(largest, magnitude_bits<V>(y));
+    });
+    return {sum, V::reduce_max_i(largest)};
+}
+
+template <class V>
+void layernorm_rows(const LayerNormRows& t, int64_t first, int64_t last) {
+    float* buffer = row_scratch(t.k);
+    with_dtype(t.dtype, [&](auto dtype) {
+        const char* x = static_cast<const char*>(t.x);
+        for (int64_t m = first; m < last; ++m) {
+            Row row = read_row<V>(x + m * t.k * dtype.size, dtype, t.k, nullptr, buffer);
+            if (t.residual != nullptr) {
+                with_dtype(t.residual_dtype, [&](auto residual_dtype) {
+                    row = add_residual_row<V>(row.x, t, residual_dtype, m, buffer);
+                });
+            }
+            quantize_row<V>(normalize_row<V>(row, t, buffer), t.k, t.out, m);
+        }
+    });
+}
+
+}  // namespace
+}  // namespace vqvit

@@ -1,16 +1,16 @@
 """INT8 attention, bit for bit that of `vqvit.reference`.
 
     l_ij = (α_q[i] · sm_scale log2 e · α_k[j]) · Σ_d q[i, d] k[j, d]     int8 products, fp32 logits in units of log2
-    e_ij = rne(255 · 2^(l_ij - max_j l_ij))                             u8 codes, not normalised
-    out[i, d] = α_v[d] · Σ_j e_ij v[j, d] / Σ_j e_ij                    int8 products, one division a row
+    e_ij = rne(65535 · 2^(l_ij - max_j l_ij)) = 256 hi_ij + lo_ij       u16 codes of two u8 digits, not normalised
+    out[i, d] = α_v[d] · fma(Σ_j hi_ij v[j, d], 256, Σ_j lo_ij v[j, d]) / Σ_j e_ij     int8 products, a division a row
 
 Shapes: q (B, H, Sq, D), k and v (B, H, Sk, D) int8; scales q (B, H, Sq), k (B, H, Sk), v (B, H, D) -> out (B, Sq, H D).
 Grid: one program per BLOCK_M queries of a head. The codes need the true row maximum: up to ONE_PASS_KEYS keys the
 whole row of logits stays in registers, beyond them a first pass over the keys finds the maximum and a second recomputes
-the logits. Triton multiplies s8 by s8 only, so e goes in as e - 128 and 128 · Σ_j v[j, d] is added back: exact. Masked
-keys have e = 0 and zero rows of v, so they add nothing. D is padded to a power of two, at least 64.
+the logits. Triton multiplies s8 by s8 only, so digits go in minus 128 and 128 · Σ_j v[j, d] is added back: exact.
+Masked keys have e = 0 and zero rows of v, so they add nothing. D is padded to a power of two, at least 64.
 Bytes: q, k, v and out once from DRAM; each block of queries reads its head's k and v again from L2.
-Operations: 4 Sq Sk D int8 and 23 Sq Sk fp32 for a head, most of them the degree-5 exponential: that is what bounds it.
+Operations: 6 Sq Sk D int8 and 24 Sq Sk fp32 for a head, most of them the degree-5 exponential: that is what bounds it.
 v has D contiguous while its product contracts over tokens: its tile is transposed byte by byte in shared memory, about
 Sk · D stores a program.
 """
@@ -25,7 +25,9 @@ from vqvit import numerics as contract
 from vqvit.kernels import numerics as nm
 from vqvit.kernels.launch import EXACT, on
 
-CODE_SHIFT = tl.constexpr(nm.MAGIC.value - 128.0)  # v + CODE_SHIFT rounds v to an integer whose low byte is v - 128
+# p + CODE_MAGIC rounds p to e; its bits are CODE_BITS + e, and their two low digits in base 256 are hi - 128 and lo - 128.
+CODE_MAGIC = tl.constexpr(nm.MAGIC.value - 128 * (contract.P_BASE + 1))
+CODE_BITS = tl.constexpr(nm.MAGIC_BITS.value - 128 * (int(contract.P_BASE) + 1))
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ def _logits(q, row_factor, k_ptr, k_scale_ptr, start, SK, D, BLOCK_N: tl.constex
 
 @triton.jit
 def _numerators(logits, row_max):
-    """s8 codes e - 128 and the row sums Σ e, which fp32 holds exactly."""
-    shifted = nm.exp2(logits - row_max) * nm.P_STEPS + CODE_SHIFT
-    return shifted.to(tl.int32, bitcast=True).to(tl.int8), tl.sum(shifted - CODE_SHIFT, axis=1)
+    """Digits hi - 128 and lo - 128 in s8, row sums Σ e in int32, and 0, or NaN for a row that holds NaN."""
+    p = nm.exp2(logits - row_max)
+    bits = (p * nm.P_STEPS + CODE_MAGIC).to(tl.int32, bitcast=True)
+    return ((bits + 128) >> 8).to(tl.int8), bits.to(tl.int8), tl.sum(bits - CODE_BITS, axis=1), tl.sum(p, axis=1) * 0.0
 
 
 @triton.jit
@@ -119,30 +122,37 @@ def _int8_attention_kernel(
     # main loop
     if ONE_PASS:
         logits = _logits(q, row_factor, k_ptr, k_scale_ptr, 0, SK, D, BLOCK_N, BLOCK_D)
-        codes, total = _numerators(logits, tl.max(logits, axis=1)[:, None])
+        high, low, total, poison = _numerators(logits, tl.max(logits, axis=1)[:, None])
         v = _load_tokens(v_ptr, tl.arange(0, BLOCK_N)[:, None], dims[None, :], SK, D)
-        acc = tl.dot(codes, v, out_dtype=tl.int32)
+        high_acc = tl.dot(high, v, out_dtype=tl.int32)
+        low_acc = tl.dot(low, v, out_dtype=tl.int32)
         v_sum = tl.sum(v.to(tl.int32), axis=0)
     else:
         row_max = tl.full((BLOCK_M,), -nm.INF, tl.float32)
         for start in range(0, SK, BLOCK_N):
             logits = _logits(q, row_factor, k_ptr, k_scale_ptr, start, SK, D, BLOCK_N, BLOCK_D)
             row_max = tl.maximum(row_max, tl.max(logits, axis=1))
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
+        total = tl.zeros((BLOCK_M,), tl.int32)
+        poison = tl.zeros((BLOCK_M,), tl.float32)
+        high_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
+        low_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
         v_sum = tl.zeros((BLOCK_D,), tl.int32)
         for start in range(0, SK, BLOCK_N):
             logits = _logits(q, row_factor, k_ptr, k_scale_ptr, start, SK, D, BLOCK_N, BLOCK_D)
-            codes, block_total = _numerators(logits, row_max[:, None])
+            high, low, block_total, block_poison = _numerators(logits, row_max[:, None])
             v = _load_tokens(v_ptr, (start + tl.arange(0, BLOCK_N))[:, None], dims[None, :], SK, D)
-            acc = tl.dot(codes, v, acc, out_dtype=tl.int32)
+            high_acc = tl.dot(high, v, high_acc, out_dtype=tl.int32)
+            low_acc = tl.dot(low, v, low_acc, out_dtype=tl.int32)
             v_sum += tl.sum(v.to(tl.int32), axis=0)
             total += block_total
+            poison += block_poison
 
     # epilogue
     v_scale = tl.load(v_scale_ptr + head * D + dims, mask=dims < D, other=0.0)
-    acc += 128 * v_sum[None, :]
-    out = (acc.to(tl.float32) * tl.div_rn(1.0, total)[:, None]) * v_scale[None, :]
+    high_sum = (high_acc + 128 * v_sum[None, :]).to(tl.float32)
+    low_sum = (low_acc + 128 * v_sum[None, :]).to(tl.float32)
+    inverse = tl.div_rn(1.0, total.to(tl.float32) + poison)
+    out = (nm.fma(high_sum, nm.P_BASE, low_sum) * inverse[:, None]) * v_scale[None, :]
 
     # store
     row = (head // H) * SQ + queries

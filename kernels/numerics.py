@@ -29,6 +29,7 @@ EXP2_MAX = tl.constexpr(-contract.EXP2_MIN)
 MINUS_LOG2_E = tl.constexpr(-contract.LOG2_E)
 QUICK_GELU_SLOPE = tl.constexpr(contract.QUICK_GELU_SLOPE)
 P_STEPS = tl.constexpr(contract.P_STEPS)
+P_BASE = tl.constexpr(contract.P_BASE)
 
 # v + MAGIC has an ulp of 1 for |v| <= 2^22, so the addition rounds v to nearest even, and the sum's bits are
 # MAGIC_BITS + rne(v), whose low byte is rne(v) modulo 256.

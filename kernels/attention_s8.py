@@ -25,7 +25,8 @@ from vqvit import numerics as contract
 from vqvit.kernels import numerics as nm
 from vqvit.kernels.launch import EXACT, on
 
-# p + CODE_MAGIC rounds p to e; its bits are CODE_BITS + e, and their two low digits in base 256 are hi - 128 and lo - 128.
+# p + CODE_MAGIC rounds p to e; its bits are CODE_BITS + e, and the low byte of bits is lo - 128, that of
+# (bits + 128) >> 8 is hi - 128.
 CODE_MAGIC = tl.constexpr(nm.MAGIC.value - 128 * (contract.P_BASE + 1))
 CODE_BITS = tl.constexpr(nm.MAGIC_BITS.value - 128 * (int(contract.P_BASE) + 1))
 
@@ -44,16 +45,16 @@ ONE_PASS_KEYS = 256
 ONE_PASS_DIM = 128
 
 # The softmax takes several times as long as the products, so it decides, and one table serves every architecture.
-# 32 queries x 256 keys are 64 logits a thread: three blocks or more fit a multiprocessor, 197 queries fill 7 blocks to
+# 32 queries x 256 keys are 64 logits a thread: two or three blocks fit a multiprocessor, 197 queries fill 7 blocks to
 # 88 % (64 would fill 77 %), and batch 1 of ViT-B has 84 blocks.
 ONE_PASS_CONFIG = AttentionConfig(block_m=32, block_n=ONE_PASS_KEYS, num_warps=4, num_stages=1)
 
 # By the head dimension up to which they apply.
 TWO_PASS_CONFIGS = {
     64: AttentionConfig(64, 64, 4, 2),
-    128: AttentionConfig(64, 64, 4, 1),
-    256: AttentionConfig(32, 32, 8, 1),  # accumulators of 256 and more channels crowd out the logits
-    1024: AttentionConfig(16, 32, 8, 1),
+    128: AttentionConfig(64, 64, 8, 1),
+    256: AttentionConfig(32, 32, 8, 1),  # two accumulators of 256 and more channels crowd out the logits
+    1024: AttentionConfig(16, 32, 8, 1),  # beyond 512 a few registers spill; no vision transformer is that wide
 }
 
 

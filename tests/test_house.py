@@ -15,6 +15,7 @@ LAYERS = (
     {"numerics", "plan", "families", "batches", "report", "timing", "data", "_build"},
     {"reference", "evaluate", "validation", "native"},
     {"backends"},
+    {"registry"},
     {"provenance"},
     {"ops"},
     {"nn"},

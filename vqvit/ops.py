@@ -12,51 +12,12 @@ for a wrong dtype and `ValueError` for a wrong shape, device or option, naming w
 import torch
 from torch import Tensor
 
-from vqvit import backends
 from vqvit import validation as va
 from vqvit.reference import COMPENSATION_TERMS, K_GROUP, PANEL
-
-_library = torch.library.Library("vqvit", "DEF")
-_checks = {}
+from vqvit.registry import empty_fp32, empty_int8, empty_int32, empty_sums, op, registered
 
 
-def _op(schema: str):
-    """Register `schema` with the decorated function, which checks the arguments and returns the fake outputs' thunk."""
-
-    def register(describe):
-        name = schema.split("(", 1)[0]
-        _library.define(schema)
-        _checks[name] = describe
-
-        def implementation(*args, **kwargs):
-            describe(*args, **kwargs)
-            return backends.function(name, args[0].device)(*args, **kwargs)
-
-        for key in ("CPU", "CUDA"):
-            _library.impl(name, implementation, key)
-        torch.library.register_fake(f"vqvit::{name}", lambda *a, **kw: describe(*a, **kw)(), lib=_library)
-        return describe
-
-    return register
-
-
-def _int32(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.int32)
-
-
-def _int8(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.int8)
-
-
-def _fp32(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float32)
-
-
-def _sums(like: Tensor, rows: tuple[int, ...], wanted: bool) -> Tensor:
-    return _int32(like, *rows) if wanted else _int32(like, 0)
-
-
-@_op(
+@op(
     "quantize_per_token(Tensor x, float delta=0.0, Tensor? equalizer=None, bool symmetric=True, bool row_sum=False)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -64,7 +25,12 @@ def _(x, delta=0.0, equalizer=None, symmetric=True, row_sum=False):
     va.check_rows("quantize_per_token", x, equalizer, statistics=delta != 0.0)
     va.check(symmetric or delta == 0.0, "quantize_per_token", "delta = 0 for asymmetric codes", f"delta = {delta}")
     rows = x.shape[:-1]
-    return lambda: (_int8(x, *x.shape), _fp32(x, *rows), _sums(x, rows, not symmetric), _sums(x, rows, row_sum))
+    return lambda: (
+        empty_int8(x, *x.shape),
+        empty_fp32(x, *rows),
+        empty_sums(x, rows, not symmetric),
+        empty_sums(x, rows, row_sum),
+    )
 
 
 def quantize_per_token(
@@ -86,12 +52,12 @@ def quantize_per_token(
     return torch.ops.vqvit.quantize_per_token(x, delta, equalizer, symmetric, row_sum)
 
 
-@_op("quantize_static(Tensor x, Tensor scale, Tensor? equalizer=None, bool row_sum=False) -> (Tensor, Tensor, Tensor)")
+@op("quantize_static(Tensor x, Tensor scale, Tensor? equalizer=None, bool row_sum=False) -> (Tensor, Tensor, Tensor)")
 def _(x, scale, equalizer=None, row_sum=False):
     va.check_rows("quantize_static", x, equalizer)
     va.check_static_scale("quantize_static", "scale", scale, x)
     rows = x.shape[:-1]
-    return lambda: (_int8(x, *x.shape), _fp32(x, *rows), _sums(x, rows, row_sum))
+    return lambda: (empty_int8(x, *x.shape), empty_fp32(x, *rows), empty_sums(x, rows, row_sum))
 
 
 def quantize_static(
@@ -108,14 +74,14 @@ def quantize_static(
     return torch.ops.vqvit.quantize_static(x, scale, equalizer, row_sum)
 
 
-@_op(
+@op(
     "layernorm_quantize(Tensor x, Tensor weight, Tensor bias, float eps, float delta=0.0, Tensor? scale=None,"
     " bool row_sum=False, bool paper=False) -> (Tensor, Tensor, Tensor)"
 )
 def _(x, weight, bias, eps, delta=0.0, scale=None, row_sum=False, paper=False):
     va.check_norm("layernorm_quantize", x, weight, bias, scale)
     rows = x.shape[:-1]
-    return lambda: (_int8(x, *x.shape), _fp32(x, *rows), _sums(x, rows, row_sum))
+    return lambda: (empty_int8(x, *x.shape), empty_fp32(x, *rows), empty_sums(x, rows, row_sum))
 
 
 def layernorm_quantize(
@@ -141,20 +107,20 @@ def layernorm_quantize(
     return torch.ops.vqvit.layernorm_quantize(x, weight, bias, eps, delta, scale, row_sum, paper)
 
 
-@_op(
+@op(
     "add_layernorm_quantize(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor? layer_scale=None,"
     " float delta=0.0, Tensor? scale=None, bool row_sum=False, bool paper=False) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _(x, residual, weight, bias, eps, layer_scale=None, delta=0.0, scale=None, row_sum=False, paper=False):
-    op = "add_layernorm_quantize"
-    va.check_norm(op, x, weight, bias, scale)
-    va.check_tensor(op, "residual", residual, va.FLOATS, tuple(x.shape), x)
-    va.check_optional(op, "layer_scale", layer_scale, va.FLOATS, (x.shape[-1],), x)
+    name = "add_layernorm_quantize"
+    va.check_norm(name, x, weight, bias, scale)
+    va.check_tensor(name, "residual", residual, va.FLOATS, tuple(x.shape), x)
+    va.check_optional(name, "layer_scale", layer_scale, va.FLOATS, (x.shape[-1],), x)
     rows = x.shape[:-1]
     return lambda: (
-        _int8(x, *x.shape),
-        _fp32(x, *rows),
-        _sums(x, rows, row_sum),
+        empty_int8(x, *x.shape),
+        empty_fp32(x, *rows),
+        empty_sums(x, rows, row_sum),
         torch.empty_like(residual, memory_format=torch.contiguous_format),
     )
 
@@ -182,16 +148,16 @@ def add_layernorm_quantize(
     )
 
 
-@_op("patchify_quantize(Tensor pixels, int patch_height, int patch_width, Tensor? equalizer=None) -> (Tensor, Tensor)")
+@op("patchify_quantize(Tensor pixels, int patch_height, int patch_width, Tensor? equalizer=None) -> (Tensor, Tensor)")
 def _(pixels, patch_height, patch_width, equalizer=None):
-    op = "patchify_quantize"
-    va.check_tensor(op, "pixels", pixels, va.FLOATS, (None, None, None, None))
+    name = "patchify_quantize"
+    va.check_tensor(name, "pixels", pixels, va.FLOATS, (None, None, None, None))
     batch, channels, height, width = pixels.shape
     divisible = patch_height > 0 and patch_width > 0 and height % patch_height == 0 and width % patch_width == 0
     va.check(divisible, op, f"height and width in multiples of ({patch_height}, {patch_width})", (height, width))
     rows, k = batch * (height // patch_height) * (width // patch_width), channels * patch_height * patch_width
-    va.check_optional(op, "equalizer", equalizer, torch.float32, (k,), pixels)
-    return lambda: (_int8(pixels, rows, k), _fp32(pixels, rows))
+    va.check_optional(name, "equalizer", equalizer, torch.float32, (k,), pixels)
+    return lambda: (empty_int8(pixels, rows, k), empty_fp32(pixels, rows))
 
 
 def patchify_quantize(
@@ -208,13 +174,13 @@ def patchify_quantize(
     return torch.ops.vqvit.patchify_quantize(pixels, patch_height, patch_width, equalizer)
 
 
-@_op("int8_mm(Tensor a, Tensor b) -> Tensor")
+@op("int8_mm(Tensor a, Tensor b) -> Tensor")
 def _(a, b):
     va.check_tensor("int8_mm", "a", a, torch.int8, (None, None))
     limit = va.nm.K_MAX_SYMMETRIC
     va.check(1 <= a.shape[1] <= limit, "int8_mm", f"1 <= K <= {limit} (int32 accumulator)", f"K = {a.shape[1]}")
     va.check_tensor("int8_mm", "b", b, torch.int8, (None, a.shape[1]), a)
-    return lambda: _int32(a, a.shape[0], b.shape[0])
+    return lambda: empty_int32(a, a.shape[0], b.shape[0])
 
 
 def int8_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -222,7 +188,7 @@ def int8_mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.vqvit.int8_mm(a, b)
 
 
-@_op(
+@op(
     "int8_linear(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias=None, str activation='none',"
     " Tensor? layer_scale=None, Tensor? residual=None, Tensor? a_zero=None, Tensor? a_sum=None, Tensor? b_zero=None,"
     " Tensor? b_sum=None, ScalarType out_dtype=float32) -> Tensor"
@@ -231,11 +197,11 @@ def _(
     a, a_scale, b, b_scale, bias=None, activation="none", layer_scale=None, residual=None,
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_dtype=torch.float32,
 ):  # fmt: skip
-    op = "int8_linear"
-    m, n, _ = va.check_linear(op, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum)
-    va.check_optional(op, "layer_scale", layer_scale, va.FLOATS, (n,), a)
-    va.check_optional(op, "residual", residual, va.FLOATS, (m, n), a)
-    va.check_out_dtype(op, out_dtype)
+    name = "int8_linear"
+    m, n, _ = va.check_linear(name, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum)
+    va.check_optional(name, "layer_scale", layer_scale, va.FLOATS, (n,), a)
+    va.check_optional(name, "residual", residual, va.FLOATS, (m, n), a)
+    va.check_out_dtype(name, out_dtype)
     return lambda: a.new_empty((m, n), dtype=out_dtype)
 
 
@@ -269,7 +235,7 @@ def int8_linear(
     )
 
 
-@_op(
+@op(
     "int8_linear_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias=None,"
     " str activation='none', Tensor? a_zero=None, Tensor? a_sum=None, Tensor? b_zero=None, Tensor? b_sum=None,"
     " Tensor? out_scale=None, bool symmetric=True, bool row_sum=False) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -278,11 +244,16 @@ def _(
     a, a_scale, b, b_scale, bias=None, activation="none", a_zero=None, a_sum=None, b_zero=None, b_sum=None,
     out_scale=None, symmetric=True, row_sum=False,
 ):  # fmt: skip
-    op = "int8_linear_quantize"
-    m, n, _ = va.check_linear(op, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum)
-    va.check_static_scale(op, "out_scale", out_scale, a)
+    name = "int8_linear_quantize"
+    m, n, _ = va.check_linear(name, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum)
+    va.check_static_scale(name, "out_scale", out_scale, a)
     va.check(symmetric or out_scale is None, op, "symmetric codes with a static out_scale", "symmetric = False")
-    return lambda: (_int8(a, m, n), _fp32(a, m), _sums(a, (m,), not symmetric), _sums(a, (m,), row_sum))
+    return lambda: (
+        empty_int8(a, m, n),
+        empty_fp32(a, m),
+        empty_sums(a, (m,), not symmetric),
+        empty_sums(a, (m,), row_sum),
+    )
 
 
 def int8_linear_quantize(
@@ -312,12 +283,12 @@ def int8_linear_quantize(
     )
 
 
-@_op("quantize_residual(Tensor x, Tensor codes, Tensor scale) -> Tensor")
+@op("quantize_residual(Tensor x, Tensor codes, Tensor scale) -> Tensor")
 def _(x, codes, scale):
     va.check_rows("quantize_residual", x)
     va.check_tensor("quantize_residual", "codes", codes, torch.int8, tuple(x.shape), x)
     va.check_tensor("quantize_residual", "scale", scale, torch.float32, tuple(x.shape[:-1]), x)
-    return lambda: _int8(x, *x.shape)
+    return lambda: empty_int8(x, *x.shape)
 
 
 def quantize_residual(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -328,26 +299,26 @@ def quantize_residual(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return torch.ops.vqvit.quantize_residual(x, codes, scale)
 
 
-@_op(
+@op(
     "int8_linear_compensated(Tensor a, Tensor a_scale, Tensor? a_residual, Tensor b, Tensor b_scale,"
     " Tensor? b_residual, Tensor? bias=None, str mode='full', float mu=1.0, ScalarType out_dtype=float32) -> Tensor"
 )
 def _(
     a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, out_dtype=torch.float32
 ):  # fmt: skip
-    op = "int8_linear_compensated"
-    va.check_tensor(op, "b", b, torch.int8, (None, None))
-    m, n, k = va.check_operands(op, a, a_scale, b, b_scale, zero_points=1)  # two products share an accumulator
+    name = "int8_linear_compensated"
+    va.check_tensor(name, "b", b, torch.int8, (None, None))
+    m, n, k = va.check_operands(name, a, a_scale, b, b_scale, zero_points=1)  # two products share an accumulator
     va.check(mode in COMPENSATION_TERMS, op, f"mode in {tuple(COMPENSATION_TERMS)}", repr(mode))
     activation_term, weight_term, second_order = COMPENSATION_TERMS[mode]
-    for name, residual, shape, needed in (
+    for operand, residual, shape, needed in (
         ("a_residual", a_residual, (m, k), activation_term or second_order),
         ("b_residual", b_residual, (n, k), weight_term or second_order),
     ):
-        va.check(residual is not None or not needed, op, f"{name} for mode {mode!r}", "None")
-        va.check_optional(op, name, residual, torch.int8, shape, a)
-    va.check_optional(op, "bias", bias, va.FLOATS, (n,), a)
-    va.check_out_dtype(op, out_dtype)
+        va.check(residual is not None or not needed, op, f"{operand} for mode {mode!r}", "None")
+        va.check_optional(name, operand, residual, torch.int8, shape, a)
+    va.check_optional(name, "bias", bias, va.FLOATS, (n,), a)
+    va.check_out_dtype(name, out_dtype)
     return lambda: a.new_empty((m, n), dtype=out_dtype)
 
 
@@ -377,7 +348,7 @@ def int8_linear_compensated(
     )
 
 
-@_op("quantize_qkv(Tensor qkv, int num_heads) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+@op("quantize_qkv(Tensor qkv, int num_heads) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 def _(qkv, num_heads):
     va.check_tensor("quantize_qkv", "qkv", qkv, va.FLOATS, (None, None, None))
     batch, tokens, width = qkv.shape
@@ -387,10 +358,10 @@ def _(qkv, num_heads):
     head_dim = width // (3 * num_heads)
     codes, scales = (batch, num_heads, tokens, head_dim), (batch, num_heads, tokens)
     return lambda: (
-        *(_int8(qkv, *codes) for _ in range(3)),
-        _fp32(qkv, *scales),
-        _fp32(qkv, *scales),
-        _fp32(qkv, batch, num_heads, head_dim),
+        *(empty_int8(qkv, *codes) for _ in range(3)),
+        empty_fp32(qkv, *scales),
+        empty_fp32(qkv, *scales),
+        empty_fp32(qkv, batch, num_heads, head_dim),
     )
 
 
@@ -405,23 +376,23 @@ def quantize_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, T
     return torch.ops.vqvit.quantize_qkv(qkv, num_heads)
 
 
-@_op(
+@op(
     "int8_attention(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, Tensor v_scale, float sm_scale,"
     " ScalarType out_dtype=float32) -> Tensor"
 )
 def _(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch.float32):
-    op = "int8_attention"
-    va.check_tensor(op, "q", q, torch.int8, (None, None, None, None))
+    name = "int8_attention"
+    va.check_tensor(name, "q", q, torch.int8, (None, None, None, None))
     batch, heads, queries, width = q.shape
-    va.check_tensor(op, "k", k, torch.int8, (batch, heads, None, width), q)
+    va.check_tensor(name, "k", k, torch.int8, (batch, heads, None, width), q)
     keys = k.shape[2]
     va.check(1 <= width <= 1024, op, "a head dimension between 1 and 1024 (exact fp32 logit accumulators)", width)
     va.check(1 <= keys <= va.nm.MAX_KEYS, op, f"between 1 and {va.nm.MAX_KEYS} keys (int32 sum of u16 codes)", keys)
-    va.check_tensor(op, "v", v, torch.int8, (batch, heads, keys, width), q)
-    va.check_tensor(op, "q_scale", q_scale, torch.float32, (batch, heads, queries), q)
-    va.check_tensor(op, "k_scale", k_scale, torch.float32, (batch, heads, keys), q)
-    va.check_tensor(op, "v_scale", v_scale, torch.float32, (batch, heads, width), q)
-    va.check_out_dtype(op, out_dtype)
+    va.check_tensor(name, "v", v, torch.int8, (batch, heads, keys, width), q)
+    va.check_tensor(name, "q_scale", q_scale, torch.float32, (batch, heads, queries), q)
+    va.check_tensor(name, "k_scale", k_scale, torch.float32, (batch, heads, keys), q)
+    va.check_tensor(name, "v_scale", v_scale, torch.float32, (batch, heads, width), q)
+    va.check_out_dtype(name, out_dtype)
     return lambda: q.new_empty((batch, queries, heads * width), dtype=out_dtype)
 
 
@@ -447,11 +418,11 @@ def int8_attention(
     return torch.ops.vqvit.int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype)
 
 
-@_op("pack_weight(Tensor b) -> Tensor")
+@op("pack_weight(Tensor b) -> Tensor")
 def _(b):
     va.check_tensor("pack_weight", "b", b, torch.int8, (None, None))
     va.check(b.numel() > 0, "pack_weight", "at least one weight", tuple(b.shape))
-    return lambda: _int8(b, -(-b.shape[0] // PANEL), -(-b.shape[1] // K_GROUP) + 1, PANEL, K_GROUP)
+    return lambda: empty_int8(b, -(-b.shape[0] // PANEL), -(-b.shape[1] // K_GROUP) + 1, PANEL, K_GROUP)
 
 
 def pack_weight(b: Tensor) -> Tensor:
@@ -459,11 +430,11 @@ def pack_weight(b: Tensor) -> Tensor:
     return torch.ops.vqvit.pack_weight(b)
 
 
-@_op("unpack_weight(Tensor packed, int n, int k) -> Tensor")
+@op("unpack_weight(Tensor packed, int n, int k) -> Tensor")
 def _(packed, n, k):
     shape = (-(-n // PANEL), -(-k // K_GROUP) + 1, PANEL, K_GROUP)
     va.check_tensor("unpack_weight", "packed", packed, torch.int8, shape)
-    return lambda: _int8(packed, n, k)
+    return lambda: empty_int8(packed, n, k)
 
 
 def unpack_weight(packed: Tensor, n: int, k: int) -> Tensor:
@@ -471,5 +442,5 @@ def unpack_weight(packed: Tensor, n: int, k: int) -> Tensor:
     return torch.ops.vqvit.unpack_weight(packed, n, k)
 
 
-NAMES = tuple(_checks)
+NAMES = registered()
 """Every op, in the order of this file."""

@@ -9,6 +9,8 @@ bits for codes, accumulators and float results alike. Three rules make that poss
    in any summation order.
 3. Transcendental functions are the polynomials of this file.
 
+docs/numerics.md says the same in words; "numerics §n" in docstrings is a section of it.
+
 Notation: rne = round half to even, Q = 127, sd = population standard deviation, α = scale, x ≈ α·q.
 """
 

@@ -3,8 +3,8 @@
 Each op is a schema, an argument check, a fake (shapes and dtypes for torch.compile and torch.export) and whatever the
 selected backend does. No autograd formula is registered: these ops are for inference.
 
-Symbols: M tokens, N output channels, K input channels, α fp32 scales, int8 codes in [-127, 127]. Formulas:
-`vqvit.numerics`.
+Symbols: M tokens, N output channels, K input channels, α fp32 scales, int8 codes in [-127, 127]. "numerics §n" is a
+section of docs/numerics.md.
 All floats in may be float32, float16 or bfloat16 and are converted to fp32 exactly. Every function raises `TypeError`
 for a wrong dtype and `ValueError` for a wrong shape, device or option, naming what was expected and what came.
 """

@@ -5,7 +5,7 @@
 The launchers run for real on meta tensors; only Triton's last step, the launch, is left out. So what is compiled is
 what a GPU would run, with the specialisations of real arguments. A case passes if it has the tensor-core instruction
 that its config claims, no stack frame (hence no spilled register), shared memory within the architecture's limit, and
-no instruction that breaks the numerical contract: approximate division or square root, flush to zero.
+nothing that breaks the numerical contract: approximate division or square root, flush to zero, implicit fma.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from vqvit.kernels import attention_s8, gemm_s8, launch, layernorm_quantize, quantize
-from vqvit.provenance import append_csv, command, commit
+from vqvit.provenance import append_csv, environment
 
 
 @dataclass(frozen=True)
@@ -286,6 +286,8 @@ def _report(case: Case, arch: int, kernel: JITFunction, options: dict, compiled,
         problems.append(f"{shared} bytes of shared memory, {limits.shared_bytes} allowed")
     if inexact := set(re.findall(INEXACT, ptx)):
         problems.append("inexact: " + " ".join(sorted(inexact)))
+    if compiled.metadata.enable_fp_fusion:
+        problems.append("multiplications and additions may fuse")
     config = " ".join(f"{k}={v}" for k, v in options.items() if k.isupper())
     return Report(
         case=case.name,
@@ -324,7 +326,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--csv", type=Path, help="append the table to this file")
     arguments = parser.parse_args()
-    provenance = {"triton": triton.__version__, "commit": commit(), "command": command()}
+    facts = environment()
+    provenance = {column: facts[column] for column in ("date", "triton", "commit", "command")}
     failed = 0
     for arch in arguments.arch:
         for case in cases(arch):

@@ -166,8 +166,10 @@ void attention_head(const AttentionTask& t, int64_t batch, int64_t head, int64_t
         for (int r = 0; r < rows; ++r) {
             uint8_t* high = s.digits + r * s.key_columns;
             uint8_t* low = high + Dot::kRows * s.key_columns;
-            const int32_t sum = numerators_row<V>(s.logits + r * s.key_columns, t.keys, top[r], high, low);
-            total[r] = std::isnan(top[r]) ? NAN : static_cast<float>(sum);
+            total[r] = NAN;
+            if (std::isnan(top[r])) continue;  // its outputs are NaN, whatever digits an earlier row left here
+            const int32_t* logits = s.logits + r * s.key_columns;
+            total[r] = static_cast<float>(numerators_row<V>(logits, t.keys, top[r], high, low));
             if constexpr (!Dot::kReadsU8) {
                 Dot::prepare(high, t.keys, s.p + r * p_stride);
                 Dot::prepare(low, t.keys, s.p + (Dot::kRows + r) * p_stride);

@@ -1,0 +1,97 @@
+"""Triton kernels where they differ from other backends: tile configs, codes without a division, interpreted fma.
+
+Everything runs in Triton's interpreter (see conftest); parity of the ops themselves is tested in test_ops_parity.
+"""
+
+import pytest
+import torch
+
+from vqvit import numerics as nm
+from vqvit import reference
+from vqvit.backends import triton as backend
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from vqvit.kernels import attention_s8, gemm_s8, launch, quantize
+from vqvit.kernels import numerics as device_nm
+
+CONFIGS = {f"sm_{arch}-{c.block_m}x{c.block_n}": c for arch in (80, 90) for c in gemm_s8.GEMM_CONFIGS[arch]}
+H200 = launch.Device(arch=90, sms=132)
+
+
+def codes(*shape: int) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("static", [False, True], ids=["float", "static"])
+def test_every_gemm_tile_gives_the_same_bits(monkeypatch, config, static):
+    monkeypatch.setattr(gemm_s8, "choose", lambda *_: config)
+    m, n, k = 70, 260, 136  # ragged in every dimension
+    a_scale = torch.rand(m) * 1e-3
+    a_scale[3] = torch.nan
+    operands = codes(m, k), a_scale, codes(n, k), torch.rand(n), torch.randn(n)
+    if static:
+        arguments = (*operands, "gelu", None, None, None, None, torch.tensor(0.1), True, True)
+        received, expected = (f.int8_linear_quantize(*arguments) for f in (backend, reference))
+    else:
+        arguments = (*operands, "none", torch.randn(n), torch.randn(m, n))
+        received, expected = ((f.int8_linear(*arguments),) for f in (backend, reference))
+    for got, want in zip(received, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dim", attention_s8.TWO_PASS_CONFIGS)
+def test_every_two_pass_attention_tile_gives_the_same_bits(monkeypatch, dim):
+    monkeypatch.setattr(attention_s8, "ONE_PASS_KEYS", 0)
+    q, k, v = codes(1, 2, 5, dim), codes(1, 2, 70, dim), codes(1, 2, 70, dim)
+    arguments = (q, k, v, torch.rand(1, 2, 5) * 0.02, torch.rand(1, 2, 70) * 0.02, torch.rand(1, 2, dim), dim**-0.5)
+    assert torch.equal(backend.int8_attention(*arguments), reference.int8_attention(*arguments))
+
+
+@pytest.mark.parametrize("device", [H200, launch.Device(arch=80, sms=1)], ids=["few_rows", "many_rows"])
+def test_row_tiles_give_the_same_bits(monkeypatch, device):
+    monkeypatch.setattr(quantize, "device_of", lambda tensor: device)
+    x = torch.randn(37, 384)
+    received, expected = (f.quantize_per_token(x, 0.5, None, True, True) for f in (backend, reference))
+    assert all(torch.equal(got, want) for got, want in zip(received, expected, strict=True))
+
+
+def test_codes_without_division_at_ties_and_beside_them():
+    """Rows whose elements are the floats next to (i + 1/2) · scale, for random scales."""
+    absmax = torch.rand(200, 1) * 2.0 ** torch.randint(-20, 60, (200, 1))
+    ties = (torch.arange(127) + 0.5) * nm.divide(absmax, nm.QMAX)
+    around = [ties, torch.nextafter(ties, ties * 2), torch.nextafter(ties, ties * 0), -ties]
+    x = torch.cat([absmax, *around], dim=1)
+    received, expected = (f.quantize_per_token(x) for f in (backend, reference))
+    assert torch.equal(received[0], expected[0]) and torch.equal(received[1], expected[1])
+
+
+@triton.jit
+def _fma_kernel(a_ptr, b_ptr, c_ptr, out_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out_ptr + i, device_nm.fma(tl.load(a_ptr + i), tl.load(b_ptr + i), tl.load(c_ptr + i)))
+
+
+def test_interpreted_fma_rounds_once():
+    size = 4096
+    a, b = torch.randn(size), torch.randn(size)
+    c = -a * b * (1 + torch.randint(-2, 3, (size,)) * 2.0**-23)  # what cancels shows the rounding of the product
+    out = torch.empty(size)
+    _fma_kernel[(1,)](a, b, c, out, SIZE=size)
+    assert torch.equal(out, nm.fma(a, b, c))
+
+
+def test_tile_choice():
+    assert gemm_s8.choose(H200, 12608, 768, 588, 4) is gemm_s8.RAGGED_CONFIG
+    small, large = gemm_s8.choose(H200, 197, 768, 768, 16), gemm_s8.choose(H200, 12608, 3072, 768, 16)
+    assert small.block_m * small.block_n < large.block_m * large.block_n
+
+
+def test_backend_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "CUDA" in backend.unavailable()
+    assert backend.device_types() == ("cuda",)

@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vqvit.kernels import attention_s8, gemm_s8, launch, layernorm_quantize, quantize
+from vqvit.kernels import attention_s8, gemm_s8, gemm_s8_compensated, launch, layernorm_quantize, quantize
 from vqvit.provenance import append_csv, environment
 
 
@@ -116,7 +116,9 @@ def gemm_cases(row: int, tensor_core: str) -> Iterator[Case]:
 
     def compensated():
         a, b = meta(m, k, dtype=int8), meta(k, k, dtype=int8)
-        gemm_s8.int8_linear_compensated(a, meta(m), a, b, meta(k), b, meta(k), (True, True, True), 1.0, half)
+        gemm_s8_compensated.int8_linear_compensated(
+            a, meta(m), a, b, meta(k), b, meta(k), (True, True, True), 1.0, half
+        )
 
     yield Case("int8_linear_compensated full", compensated, tensor_core)
 
@@ -183,7 +185,18 @@ def option_cases() -> Iterator[Case]:
         yield case(gemm_s8.int8_linear_quantize, *operands, symmetric=False, row_sum=True, activation="quick_gelu")
         yield case(gemm_s8.int8_linear_quantize, *operands, out_scale=meta(), row_sum=True, activation="silu", **zeros)
         for terms in ((False, False, False), (False, False, True), (True, False, False), (False, True, False)):
-            yield case(gemm_s8.int8_linear_compensated, a, row, a, b, column, b, bias=None, terms=terms, out_dtype=bf16)
+            yield case(
+                gemm_s8_compensated.int8_linear_compensated,
+                a,
+                row,
+                a,
+                b,
+                column,
+                b,
+                bias=None,
+                terms=terms,
+                out_dtype=bf16,
+            )
     yield case(gemm_s8.int8_linear, *operands, activation="relu", out_dtype=half)
 
     for m, k in ((197, 588), (1, 1), (1, 16384)):
@@ -272,14 +285,8 @@ def _report(case: Case, arch: int, kernel: JITFunction, options: dict, compiled,
     )
     instructions = re.findall(f"{WGMMA_S8}|{MMA_S8}", ptx)
     problems = []
-    if (
-        case.tensor_core
-        and not re.search(case.tensor_core, ptx)
-        and "gemm" in kernel.__module__ + str(case.tensor_core)
-    ):
-        problems.append(f"no {case.tensor_core}")
-    if case.tensor_core and not instructions:
-        problems.append("no int8 tensor-core instruction")
+    if case.tensor_core and not re.search(case.tensor_core, ptx):
+        problems.append(f"{instructions[0] if instructions else 'no tensor core'} instead of {case.tensor_core}")
     if stack or re.search(r"\b(?:LDL|STL)\b", sass):
         problems.append(f"{stack} bytes of stack")
     if shared > limits.shared_bytes:

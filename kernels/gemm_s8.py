@@ -10,10 +10,6 @@ Layout: both operands have K contiguous, as int8 tensor cores want them; wgmma r
 Grid: one program per BLOCK_M x BLOCK_N tile, tiles swizzled in groups of GROUP_M rows to share operands in L2.
 Operations: 2 · M · N · K int8, and for each output 3 to dequantize, 18 for GELU, 8 for static codes (counted in SASS).
 Bytes: M · K + N · K + M · N · output size from DRAM; (BLOCK_M + BLOCK_N) · K per tile from L2.
-
-`int8_linear_compensated` accumulates up to four products of the same tiles in one loop (numerics §6):
-
-    y = α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ] / 254 + μ R_A R_Bᵀ / 254²) + bias
 """
 
 import functools
@@ -70,17 +66,8 @@ GEMM_CONFIGS = {
     INTERPRETER: (GemmConfig(64, 64, 64, 4, 1, ctas=1, subtile_n=32),),
 }
 
-# Three accumulators share the registers, and four tiles the shared memory, of one.
-COMPENSATED_CONFIGS = {
-    90: GemmConfig(64, 128, 128, 8, 2, ctas=1),
-    86: GemmConfig(64, 64, 64, 4, 2, ctas=2),
-    80: GemmConfig(64, 128, 64, 8, 2, ctas=1),
-    INTERPRETER: GemmConfig(64, 64, 64, 4, 1, ctas=1),
-}
-
 # Rows that 16-byte loads do not divide (K = 588 of 14 x 14 patches) need a pointer for every 1 to 8 bytes.
 RAGGED_CONFIG = GemmConfig(64, 64, 64, 4, 3, ctas=2)
-RAGGED_COMPENSATED_CONFIG = GemmConfig(64, 64, 32, 4, 2, ctas=1)
 
 
 # A roofline of one multiprocessor of the H200, to compare tiles with. The epilogue's operations are counted in SASS; L2
@@ -116,7 +103,7 @@ def choose(device: Device, m: int, n: int, k: int, unit: int) -> GemmConfig:
 
 
 @triton.jit
-def _tile_ids(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_ids(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Tile (pid_m, pid_n) of this program: GROUP_M rows of tiles are walked column by column."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -127,7 +114,7 @@ def _tile_ids(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.co
 
 
 @triton.jit
-def _multiples(size, UNIT: tl.constexpr):
+def multiples(size, UNIT: tl.constexpr):
     """`size`, which UNIT divides, in a form that tells the compiler so: loads then take UNIT bytes at once."""
     if UNIT < 16:  # it finds out about 16 by itself
         size = size // UNIT * UNIT
@@ -135,7 +122,7 @@ def _multiples(size, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _load_k(ptrs, offs_k, k, K, EVEN_K: tl.constexpr):
+def load_k(ptrs, offs_k, k, K, EVEN_K: tl.constexpr):
     """The next tile along K, zero beyond K; offs_k has the tile's rank."""
     if EVEN_K:
         return tl.load(ptrs)
@@ -144,7 +131,7 @@ def _load_k(ptrs, offs_k, k, K, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N):
+def scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N):
     """fma(acc, α_a α_bᵀ, bias) of fp32 accumulators."""
     a_scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
     b_scale = tl.load(b_scale_ptr + offs_n, mask=offs_n < N, other=0.0)
@@ -158,7 +145,7 @@ def _scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N):
 
 
 @triton.jit
-def _tile_ptrs(ptr, first_m, first_n, stride_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def tile_ptrs(ptr, first_m, first_n, stride_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Pointers to a tile: one 64-bit corner and 32-bit offsets."""
     corner = ptr + first_m.to(tl.int64) * stride_m + first_n
     return corner + (tl.arange(0, BLOCK_M)[:, None] * stride_m + tl.arange(0, BLOCK_N)[None, :])
@@ -193,7 +180,7 @@ def _epilogue(
         offs_m = first_m + tl.arange(0, BLOCK_M)
         offs_n = first_n + tl.arange(0, BLOCK_N)
         inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-        out_ptrs = _tile_ptrs(out_ptr, first_m, first_n, N, BLOCK_M, BLOCK_N)
+        out_ptrs = tile_ptrs(out_ptr, first_m, first_n, N, BLOCK_M, BLOCK_N)
         if out_ptr.dtype.element_ty == tl.int32:
             tl.store(out_ptrs, acc, mask=inside)
         else:
@@ -208,12 +195,12 @@ def _epilogue(
                     acc += K * a_zero * b_zero
 
             # scales, bias, activation, layer scale, residual
-            y = _scaled(acc.to(tl.float32), a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N)
+            y = scaled(acc.to(tl.float32), a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N)
             y = nm.activation(y, ACTIVATION)
             if layer_scale_ptr is not None:
                 layer_scale = nm.to_fp32(tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0))[None, :]
             if residual_ptr is not None:
-                residual_ptrs = _tile_ptrs(residual_ptr, first_m, first_n, stride_rm, BLOCK_M, BLOCK_N)
+                residual_ptrs = tile_ptrs(residual_ptr, first_m, first_n, stride_rm, BLOCK_M, BLOCK_N)
                 residual = nm.to_fp32(tl.load(residual_ptrs, mask=inside, other=0.0))
                 if layer_scale_ptr is not None:
                     y = nm.fma(y, layer_scale, residual)
@@ -271,8 +258,8 @@ def _int8_gemm_kernel(
     GROUP_M: tl.constexpr,
 ):
     # sizes, program ids
-    K, stride_am, stride_bn = _multiples(K, K_UNIT), _multiples(stride_am, K_UNIT), _multiples(stride_bn, K_UNIT)
-    pid_m, pid_n = _tile_ids(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    K, stride_am, stride_bn = multiples(K, K_UNIT), multiples(stride_am, K_UNIT), multiples(stride_bn, K_UNIT)
+    pid_m, pid_n = tile_ids(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first_m = pid_m * BLOCK_M
     first_n = pid_n * BLOCK_N
 
@@ -286,8 +273,8 @@ def _int8_gemm_kernel(
     # main loop
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for k in range(0, K, BLOCK_K):
-        a = _load_k(a_ptrs, offs_k[None, :], k, K, EVEN_K)
-        b = _load_k(b_ptrs, offs_k[:, None], k, K, EVEN_K)
+        a = load_k(a_ptrs, offs_k[None, :], k, K, EVEN_K)
+        b = load_k(b_ptrs, offs_k[:, None], k, K, EVEN_K)
         acc = tl.dot(a, b, acc, out_dtype=tl.int32)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
@@ -298,71 +285,6 @@ def _int8_gemm_kernel(
         b_zero_ptr, b_sum_ptr, out_scale_ptr, row_scale_ptr, row_sum_ptr, M, N, K, stride_rm, first_m, first_n,
         ACTIVATION, BLOCK_M, BLOCK_N, SUBTILE_N,
     )  # fmt: skip
-
-
-@triton.jit
-def _int8_compensated_kernel(
-    a_ptr,  # (M, K) int8
-    a_residual_ptr,  # (M, K) int8 or None
-    b_ptr,  # (N, K) int8
-    b_residual_ptr,  # (N, K) int8 or None
-    out_ptr,  # (M, N) float
-    a_scale_ptr,  # (M,) fp32
-    b_scale_ptr,  # (N,) fp32
-    bias_ptr,  # (N,) float or None
-    first_weight,  # 1 / 254
-    second_weight,  # μ / 254²
-    M,
-    N,
-    K,
-    RA_B: tl.constexpr,
-    A_RB: tl.constexpr,
-    RA_RB: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    K_UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    # size, program ids, offsets
-    K = _multiples(K, K_UNIT)
-    pid_m, pid_n = _tile_ids(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    a_offsets = (offs_m % M)[:, None].to(tl.int64) * K + offs_k[None, :]
-    b_offsets = (offs_n % N)[None, :].to(tl.int64) * K + offs_k[:, None]
-
-    # main loop: one accumulator for each power of 1/254
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    first = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for k in range(0, K, BLOCK_K):
-        a = _load_k(a_ptr + k + a_offsets, offs_k[None, :], k, K, EVEN_K)
-        b = _load_k(b_ptr + k + b_offsets, offs_k[:, None], k, K, EVEN_K)
-        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
-        if RA_B or RA_RB:
-            a_residual = _load_k(a_residual_ptr + k + a_offsets, offs_k[None, :], k, K, EVEN_K)
-        if A_RB or RA_RB:
-            b_residual = _load_k(b_residual_ptr + k + b_offsets, offs_k[:, None], k, K, EVEN_K)
-        if RA_B:
-            first = tl.dot(a_residual, b, first, out_dtype=tl.int32)
-        if A_RB:
-            first = tl.dot(a, b_residual, first, out_dtype=tl.int32)
-        if RA_RB:
-            second = tl.dot(a_residual, b_residual, second, out_dtype=tl.int32)
-
-    # epilogue, store
-    y = acc.to(tl.float32)
-    if RA_B or A_RB:
-        y = nm.fma(first.to(tl.float32), first_weight, y)
-    if RA_RB:
-        y = nm.fma(second.to(tl.float32), second_weight, y)
-    y = _scaled(y, a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N)
-    inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    out_ptrs = out_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
-    tl.store(out_ptrs, nm.from_fp32(y, out_ptr.dtype.element_ty), mask=inside)
 
 
 def _launch(
@@ -419,25 +341,3 @@ def int8_linear_quantize(
         a, b, codes, a_scale, b_scale, bias, activation, None, None, *zero_points, out_scale, row_scale, sums
     )  # fmt: skip
     return codes, row_scale, absent(a), sums if row_sum else absent(a)
-
-
-def int8_linear_compensated(
-    a, a_scale, a_residual, b, b_scale, b_residual, bias, terms, mu=1.0, out_dtype=torch.float32
-):
-    """`terms`: which of R_A Bqᵀ, Aq R_Bᵀ, R_A R_Bᵀ to add."""
-    (m, k), n = a.shape, b_scale.shape[0]
-    out = torch.empty((m, n), dtype=out_dtype, device=a.device)
-    if m == 0 or n == 0:
-        return out
-    ra_b, a_rb, ra_rb = terms
-    arch, unit = device_of(a).arch, math.gcd(16, k)
-    c = RAGGED_COMPENSATED_CONFIG if unit < 16 and arch != INTERPRETER else COMPENSATED_CONFIGS[arch]
-    with on(a):
-        _int8_compensated_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
-            *(vector(t) for t in (a, a_residual, b, b_residual)), out, vector(a_scale), vector(b_scale), vector(bias),
-            1 / nm.RESIDUAL_STEPS.value, mu / nm.RESIDUAL_STEPS.value**2, m, n, k,
-            RA_B=ra_b, A_RB=a_rb, RA_RB=ra_rb, EVEN_K=k % c.block_k == 0, K_UNIT=unit,
-            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP_M=c.group_m,
-            num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers, **EXACT,
-        )  # fmt: skip
-    return out

@@ -106,7 +106,7 @@ def int8_linear_compensated(
     a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, out_dtype=torch.float32
 ):
     terms = reference.COMPENSATION_TERMS[mode]
-    return _kernels("gemm_s8").int8_linear_compensated(
+    return _kernels("gemm_s8_compensated").int8_linear_compensated(
         a, a_scale, a_residual, b, b_scale, b_residual, bias, terms, mu, out_dtype
     )
 

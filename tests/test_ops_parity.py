@@ -7,7 +7,7 @@ from op_cases import CASES
 import vqvit
 from vqvit import backends, reference
 
-VARIANTS = ("cpu-scalar", "cpu-avx2", "cpu-avx512_vnni", "triton")
+VARIANTS = ("cpu-scalar", "cpu-avx2", "cpu-avx_vnni", "cpu-avx512_vnni", "triton")
 
 PARAMETERS = [
     pytest.param(variant, op, case, id=f"{variant}-{op}-{case}")
@@ -40,6 +40,10 @@ def forced():
         cpu.set_isa(None)
 
 
+def on(device: str, argument):
+    return argument.to(device) if isinstance(argument, torch.Tensor) else argument
+
+
 def as_tuple(result) -> tuple:
     return result if isinstance(result, tuple | list) else (result,)
 
@@ -49,7 +53,10 @@ def test_backend_matches_reference(forced, variant, op, case):
     args = CASES[op][case]()
     expected = as_tuple(getattr(reference, op)(*args))
     forced(variant)
-    received = as_tuple(getattr(torch.ops.vqvit, op)(*args))
+    devices = backends.device_types(variant.partition("-")[0])
+    device = "cpu" if "cpu" in devices else devices[0]
+    received = as_tuple(getattr(torch.ops.vqvit, op)(*(on(device, a) for a in args)))
+    received = tuple(r.cpu() for r in received)
     assert len(received) == len(expected)
     for output, (got, want) in enumerate(zip(received, expected, strict=True)):
         assert got.dtype == want.dtype and got.shape == want.shape, f"output {output}"

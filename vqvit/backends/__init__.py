@@ -59,13 +59,18 @@ def unavailable(name: str) -> str | None:
     return _module(name).unavailable()
 
 
+def device_types(name: str) -> tuple[str, ...]:
+    """Device types whose tensors backend `name` takes; empty for any."""
+    return () if name == "reference" else _module(name).device_types()
+
+
 def selected(device: torch.device) -> str:
     """Name of the backend that ops on tensors of `device` run now.
 
     Raises `ValueError` if the forced backend does not take tensors of that device.
     """
     if _forced is not None:
-        accepted = () if _forced == "reference" else _module(_forced).device_types()
+        accepted = device_types(_forced)
         if accepted and device.type not in accepted:
             raise ValueError(f"backend {_forced!r}: expected tensors on {' or '.join(accepted)}; got {device.type}")
         return _forced

@@ -93,14 +93,7 @@ def load(directory: str | Path, model: nn.Module | None = None, device: str | to
         )
     model.to("meta")
     apply_plan(model, plan)
-    try:
-        with safe_open(weights, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{weights}: expected a safetensors file; got one that cannot be read: {error}"
-        ) from error
-    _fill(model, tensors, weights)
+    _fill(model, _read_tensors(weights), weights)
     model.to(device)
     pack_weights(model)
     return model.eval().requires_grad_(False)
@@ -148,6 +141,15 @@ def _transient_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     everything = {**model.state_dict(), **_transient_buffers(model)}
     return {name: tensor.detach().contiguous().clone() for name, tensor in everything.items()}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of the file, in memory of its own: a view would keep the whole file mapped."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: expected a safetensors file; got one that cannot be read: {error}") from error
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -184,7 +184,8 @@ def _digits_section(output: Path, options: DemoOptions, device: torch.device, pr
         "notes": [
             (
                 f"{len(data.train_images)} training and {len(images)} test images, {options.epochs} epochs from "
-                f"scratch, seed {TRAINING['seed']}. Agreement: same class as FP32."
+                f"scratch, seed {TRAINING['seed']}. The learning rate was chosen on these test images, so the "
+                "accuracies are optimistic alike. Agreement: same class as FP32."
             ),
             "The W8A8 model was reloaded in a new process; its logits equal the saved model's bit for bit.",
             *_measuring_notes(device),

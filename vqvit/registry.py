@@ -1,14 +1,12 @@
 """How an op is registered: one schema, one description, and the selected backend's implementation on every device."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from vqvit import backends
 
 _library = torch.library.Library("vqvit", "DEF")
-_describe: dict[str, Callable] = {}
+_names: list[str] = []
 
 
 def op(schema: str):
@@ -19,7 +17,7 @@ def op(schema: str):
     def register(describe):
         name = schema.split("(", 1)[0]
         _library.define(schema)
-        _describe[name] = describe
+        _names.append(name)
 
         def implementation(*args, **kwargs):
             describe(*args, **kwargs)
@@ -52,4 +50,4 @@ def empty_sums(like: Tensor, rows: tuple[int, ...], wanted: bool) -> Tensor:
 
 def registered() -> tuple[str, ...]:
     """Names of the ops, in order of registration."""
-    return tuple(_describe)
+    return tuple(_names)

@@ -37,8 +37,8 @@ FORWARD_HOOKS = (
 class LayerReport:
     """What happened to one layer or block.
 
-    Attributes: name; role; status, a tier of `vqvit.plan.TIERS`, "block" or "skipped"; reason why it was skipped;
-    shape of the weight.
+    Attributes: name; role, one of `vqvit.plan.ROLES` or "block"; status, one of `vqvit.plan.TIERS` or "skipped"; reason
+    why it was skipped; shape of the weight.
     """
 
     name: str

@@ -85,6 +85,13 @@ GEMM_SHAPES = {
     "panel_edge": (14, 66, 129),
 }
 
+GROUPED_SHAPES = {
+    "197x300x64": (197, 300, 64),
+    "one_group": (5, 33, 71),
+    "exact_groups": (7, 256, 66),
+    "one_row": (1, 129, 40),
+}
+
 
 def linear(shape: tuple[int, int, int], *rest) -> tuple:
     m, k, n = shape
@@ -136,6 +143,46 @@ def linear_quantize(shape, activation="gelu", static=False, symmetric=True, row_
     b = ref.pack_weight(b) if packed else b
     out_scale = torch.tensor(0.2) if static else None
     return a, a_scale, b, b_scale, normal(shape[2]), activation, *[None] * 4, out_scale, symmetric, row_sum
+
+
+def grouped(shape: tuple[int, int, int], *rest, packed: bool = False) -> tuple:
+    """Operands with a scale for each 128 columns of a."""
+    m, k, _ = shape
+    a, _, b, b_scale = linear(shape)
+    return a, scales(m, -(-k // nm.GROUP)), ref.pack_weight(b) if packed else b, b_scale, *rest
+
+
+def grouped_full(shape: tuple[int, int, int], activation: str, dtype: torch.dtype, packed: bool = False) -> tuple:
+    m, _, n = shape
+    floats = (normal(n, dtype=dtype), activation, normal(n, dtype=dtype), normal(m, n, dtype=dtype))
+    return *grouped(shape, *floats, packed=packed), None, None, None, None, dtype
+
+
+def grouped_poisoned() -> tuple:
+    a, a_scale, b, b_scale = grouped((5, 300, 40))
+    a_scale[2, 1] = torch.nan
+    return a, a_scale, b, b_scale, normal(40), "gelu"
+
+
+def per_group(shape, activation="gelu", grouped_input=False, packed=False) -> tuple:
+    """`int8_linear_quantize` with a scale for each 128 columns of the result."""
+    operands = grouped(shape, packed=packed) if grouped_input else linear(shape)
+    if packed and not grouped_input:
+        operands = (*operands[:2], ref.pack_weight(operands[2]), *operands[3:])
+    return *operands, normal(shape[2]), activation, *[None] * 4, None, True, False, True
+
+
+def qkv(tokens, images, k, heads, width, packed=False, zero=False, bias=True) -> tuple:
+    shape = (images * tokens, k, 3 * heads * width)
+    (a, a_scale, b, b_scale), zeros = zero_points(shape, zero, zero)
+    b = ref.pack_weight(b) if packed else b
+    return a, a_scale, b, b_scale, normal(shape[2]) if bias else None, tokens, heads, *zeros
+
+
+def qkv_poisoned() -> tuple:
+    args = list(qkv(7, 2, 40, 2, 32))
+    args[1][3] = torch.nan
+    return tuple(args)
 
 
 def linear_quantize_poisoned(static: bool) -> tuple:
@@ -194,6 +241,10 @@ CASES = {
             for name in ("197x768", "odd_k", "zero_rows", "poisoned", "offset", "empty", "bf16_197", "tiny_and_huge")
         },
     },
+    "quantize_per_group": {
+        **{name: lambda x=x: (x(),) for name, x in ROWS.items()},
+        "equalizer": lambda: (normal(11, 300), torch.rand(300) + 0.5),
+    },
     "quantize_static": {
         **{name: lambda x=x: (x(), torch.tensor(0.037)) for name, x in ROWS.items()},
         "equalizer_sums": lambda: (normal(11, 70), torch.tensor(0.02), torch.rand(70) + 0.5, True),
@@ -240,6 +291,10 @@ CASES = {
         "saturated": linear_saturated,
         "poisoned": linear_poisoned,
         "strided": strided_residual,
+        **{f"grouped_{name}": partial(grouped, s) for name, s in GROUPED_SHAPES.items()},
+        **{f"grouped_{name}": partial(grouped_full, (19, 300, 70), "gelu", dtype) for name, dtype in FLOATS.items()},
+        "grouped_packed": partial(grouped_full, (14, 260, 129), "gelu", torch.float32, True),
+        "grouped_poisoned": grouped_poisoned,
     },
     "int8_linear_quantize": {
         **{f"per_token_{name}": partial(linear_quantize, s) for name, s in GEMM_SHAPES.items()},
@@ -250,6 +305,13 @@ CASES = {
         "quick_gelu_sums": partial(linear_quantize, (19, 40, 70), "quick_gelu", row_sum=True),
         "poisoned": partial(linear_quantize_poisoned, False),
         "poisoned_static": partial(linear_quantize_poisoned, True),
+        **{f"per_group_{name}": partial(per_group, s) for name, s in GEMM_SHAPES.items()},
+        "per_group_300": partial(per_group, (19, 40, 300), "none"),
+        "per_group_packed": partial(per_group, (19, 40, 300), packed=True),
+        "per_group_grouped": partial(per_group, (19, 300, 200), grouped_input=True),
+        "per_group_grouped_packed": partial(per_group, (19, 300, 200), "gelu_tanh", True, True),
+        "per_group_poisoned": lambda: (*linear_quantize_poisoned(False), True, False, True),
+        "per_token_grouped": lambda: (*grouped((9, 200, 70)), normal(70), "gelu"),
     },
     "quantize_residual": {
         name: lambda x=ROWS[name]: residual_args(x())
@@ -271,6 +333,18 @@ CASES = {
         "poisoned": lambda: (poisoned()[:, :48].unsqueeze(0), 2),
         "no_image": lambda: (normal(0, 4, 48), 2),
     },
+    "int8_linear_qkv": {
+        "vit_s": partial(qkv, 197, 1, 96, 2, 64),
+        "two_images": partial(qkv, 17, 2, 130, 4, 32),
+        "head_80": partial(qkv, 9, 2, 33, 2, 80),
+        "odd_head": partial(qkv, 5, 1, 20, 3, 11, bias=False),
+        "packed": partial(qkv, 9, 3, 70, 2, 64, packed=True),
+        "zero_points": partial(qkv, 9, 3, 70, 1, 64, zero=True),
+        "grouped": lambda: (*grouped((18, 200, 192)), normal(192), 9, 1),
+        "one_token": partial(qkv, 1, 3, 40, 1, 128),
+        "poisoned": qkv_poisoned,
+        "no_image": partial(qkv, 4, 0, 40, 2, 16),
+    },
     "int8_attention": {
         "197": partial(attention, 1, 2, 197, 197, 64),
         "one_query": partial(attention, 2, 3, 1, 50, 64),
@@ -279,6 +353,16 @@ CASES = {
         "odd": partial(attention, 2, 1, 7, 13, 24),
         "long": partial(attention, 1, 1, 20, 530, 32),
         "bf16": lambda: (*attention(1, 2, 17, 17, 32), torch.bfloat16),
+        "no_image": partial(attention, 0, 2, 4, 4, 16),
+        **{f"poisoned_{side}": partial(attention, 1, 2, 9, 9, 16, side) for side in "qkv"},
+    },
+    "int8_attention_quantize": {
+        "197": partial(attention, 1, 2, 197, 197, 64),
+        "three_heads": partial(attention, 2, 3, 9, 50, 64),
+        "head_32": partial(attention, 1, 6, 33, 65, 32),
+        "head_80": partial(attention, 1, 2, 7, 13, 80),
+        "head_128": partial(attention, 1, 2, 20, 300, 128),
+        "odd": partial(attention, 2, 1, 7, 13, 11),
         "no_image": partial(attention, 0, 2, 4, 4, 16),
         **{f"poisoned_{side}": partial(attention, 1, 2, 9, 9, 16, side) for side in "qkv"},
     },

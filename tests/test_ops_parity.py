@@ -72,7 +72,8 @@ def test_fake_matches_reference(op, case):
     real = as_tuple(getattr(torch.ops.vqvit, op)(*args))
     fake = as_tuple(getattr(torch.ops.vqvit, op)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args)))
     for got, want in zip(fake, real, strict=True):
-        assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.contiguous().stride())
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+        assert got.is_contiguous() and (want.numel() == 0 or got.stride() == want.contiguous().stride())
 
 
 @pytest.mark.parametrize("op", CASES)

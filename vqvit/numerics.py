@@ -36,6 +36,9 @@ K_MAX_ONE_ZERO_POINT = INT32_MAX // (QMAX * ASYM_STEPS)  # 66,572
 K_MAX_TWO_ZERO_POINTS = INT32_MAX // ASYM_STEPS**2  # 33,286
 """Longest inner dimension for which the int32 accumulator, zero-point terms included, cannot overflow."""
 
+GROUP = 128
+"""Columns that share a scale in per-token-group quantization; the last group of a row may be shorter."""
+
 MEAN_GRID_BITS = 21
 """Row statistics count in units of 2^-21 of the power of two above the row's largest magnitude."""
 
@@ -220,6 +223,11 @@ def row_scale(x: Tensor, delta: float = 0.0) -> Tensor:
         span = fma(sd, delta, span)
     scale = divide(span, QMAX).clamp(min=SCALE_MIN)
     return torch.where(finite, scale, torch.nan).squeeze(-1)
+
+
+def groups(x: Tensor) -> Tensor:
+    """(..., K) as (..., ⌈K / 128⌉, 128), padded with zeros, which change no scale."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
 
 
 def row_scale_asymmetric(x: Tensor) -> tuple[Tensor, Tensor]:

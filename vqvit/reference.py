@@ -39,6 +39,14 @@ def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=Fal
     return codes, scale, zero_point, _row_sum(codes, row_sum)
 
 
+def quantize_per_group(x, equalizer=None):
+    """`quantize_per_token` of each group of 128 columns: scales (..., ⌈K / 128⌉)."""
+    x = _equalized(x, equalizer)
+    scale = nm.row_scale(nm.groups(x))
+    columns = scale.repeat_interleave(nm.GROUP, -1)[..., : x.shape[-1]]
+    return nm.to_codes(x, columns).contiguous(), scale
+
+
 def quantize_static(x, scale, equalizer=None, row_sum=False):
     """q = rne(x / α) for one calibrated α; the returned row scales are α, or NaN where the row holds NaN or Inf."""
     x = _equalized(x, equalizer)
@@ -86,7 +94,13 @@ def int8_linear(
     a, a_scale, b, b_scale, bias=None, activation="none", layer_scale=None, residual=None,
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_dtype=torch.float32,
 ):  # fmt: skip
-    """act(α_a α_bᵀ ∘ Σ_k (a - z_a)(b - z_b) + bias) · layer_scale + residual, cast to `out_dtype`."""
+    """act(α_a α_bᵀ ∘ Σ_k (a - z_a)(b - z_b) + bias) · layer_scale + residual, cast to `out_dtype`.
+
+    With a_scale (M, ⌈K / 128⌉), α_a multiplies the product of each group of columns.
+    """
+    if a_scale.dim() == 2:
+        y = _dequantized(_grouped_product(a, a_scale, b)[:, : b_scale.shape[0]], b_scale[None, :], bias)
+        return _epilogue(y, activation, layer_scale, residual, out_dtype)
     acc = int8_mm(a, b)[:, : b_scale.shape[0]]
     if a_zero is not None:
         acc = acc - a_zero[:, None] * b_sum[None, :]
@@ -94,15 +108,19 @@ def int8_linear(
         acc = acc - a_sum[:, None] * b_zero[None, :]
     if a_zero is not None and b_zero is not None:
         acc = acc + a.shape[-1] * a_zero[:, None] * b_zero[None, :]
-    return _epilogue(acc.float(), a_scale, b_scale, bias, activation, layer_scale, residual, out_dtype)
+    y = _dequantized(acc.float(), a_scale[:, None] * b_scale[None, :], bias)
+    return _epilogue(y, activation, layer_scale, residual, out_dtype)
 
 
 def int8_linear_quantize(
     a, a_scale, b, b_scale, bias=None, activation="none",
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, symmetric=True, row_sum=False,
+    per_group=False,
 ):  # fmt: skip
-    """`int8_linear` to fp32, then quantized: per token, or static if `out_scale` is given."""
+    """`int8_linear` to fp32, then quantized: per token, per group, or static if `out_scale` is given."""
     y = int8_linear(a, a_scale, b, b_scale, bias, activation, None, None, a_zero, a_sum, b_zero, b_sum, torch.float32)
+    if per_group:
+        return *quantize_per_group(y), _absent(y), _absent(y)
     if out_scale is None:
         return quantize_per_token(y, 0.0, None, symmetric, row_sum)
     codes, scale, sums = quantize_static(y, out_scale, None, row_sum)
@@ -128,7 +146,7 @@ def int8_linear_compensated(
         acc = nm.fma(first_order.float(), 1 / nm.RESIDUAL_STEPS, acc)
     if ra_rb:
         acc = nm.fma(int8_mm(a_residual, b_residual).float(), mu / nm.RESIDUAL_STEPS**2, acc)
-    return _epilogue(acc, a_scale, b_scale, bias, "none", None, None, out_dtype)
+    return _dequantized(acc, a_scale[:, None] * b_scale[None, :], bias).to(out_dtype)
 
 
 def quantize_qkv(qkv, num_heads):
@@ -145,6 +163,12 @@ def quantize_qkv(qkv, num_heads):
         nm.to_codes(v, v_scale.unsqueeze(-2)),
     )
     return *(c.contiguous() for c in codes), q_scale, k_scale, v_scale
+
+
+def int8_linear_qkv(a, a_scale, b, b_scale, bias, tokens, num_heads, a_zero=None, a_sum=None, b_zero=None, b_sum=None):
+    """`int8_linear` to fp32, then `quantize_qkv`: the projection of B · S tokens as attention's operands."""
+    y = int8_linear(a, a_scale, b, b_scale, bias, "none", None, None, a_zero, a_sum, b_zero, b_sum)
+    return quantize_qkv(y.view(-1, tokens, y.shape[-1]), num_heads)
 
 
 def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch.float32):
@@ -164,6 +188,11 @@ def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch
     acc = nm.fma(high_acc, nm.P_BASE, low_acc)
     out = (acc * (1.0 / total).unsqueeze(-1)) * v_scale.unsqueeze(-2)
     return out.transpose(1, 2).reshape(batch, queries, heads * width).to(out_dtype)
+
+
+def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
+    """`int8_attention` to fp32, then `quantize_per_group`: rows (B · Sq, H · D) for the output projection."""
+    return quantize_per_group(int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale).flatten(0, 1))
 
 
 def pack_weight(b):
@@ -213,9 +242,20 @@ def _add_residual(y: Tensor, layer_scale: Tensor | None, residual: Tensor) -> Te
     return residual.float() + y if layer_scale is None else nm.fma(y, layer_scale.float(), residual.float())
 
 
-def _epilogue(acc, a_scale, b_scale, bias, activation, layer_scale, residual, out_dtype):
-    scale = a_scale[:, None] * b_scale[None, :]
-    y = acc * scale if bias is None else nm.fma(acc, scale, bias.float())
+def _grouped_product(a: Tensor, a_scale: Tensor, b: Tensor) -> Tensor:
+    """Σ_g α_a[m, g] · acc_g[m, n], added in the order of the groups, one fma each."""
+    b = _unpacked(b, a.shape[-1])
+    y = torch.zeros(a.shape[0], b.shape[0], device=a.device)
+    for g, (a_group, b_group) in enumerate(zip(a.split(nm.GROUP, -1), b.split(nm.GROUP, -1), strict=True)):
+        y = nm.fma(int8_mm(a_group, b_group).float(), a_scale[:, g : g + 1], y)
+    return y
+
+
+def _dequantized(acc: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return acc * scale if bias is None else nm.fma(acc, scale, bias.float())
+
+
+def _epilogue(y, activation, layer_scale, residual, out_dtype):
     y = nm.activation(y, activation)
     if residual is not None:
         y = _add_residual(y, layer_scale, residual)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vqvit import backends
+from vqvit import numerics as nm
 
 _library = torch.library.Library("vqvit", "DEF")
 _names: list[str] = []
@@ -46,6 +47,18 @@ def empty_fp32(like: Tensor, *shape: int) -> Tensor:
 def empty_sums(like: Tensor, rows: tuple[int, ...], wanted: bool) -> Tensor:
     """An int32 output that is empty unless it was asked for."""
     return empty_int32(like, *rows) if wanted else empty_int32(like, 0)
+
+
+def empty_qkv(like: Tensor, batch: int, heads: int, tokens: int, head_dim: int) -> tuple[Tensor, ...]:
+    """q, k, v codes (B, H, S, D), scales of q and k (B, H, S) and of v (B, H, D)."""
+    codes = (empty_int8(like, batch, heads, tokens, head_dim) for _ in range(3))
+    token_scales = (empty_fp32(like, batch, heads, tokens) for _ in range(2))
+    return *codes, *token_scales, empty_fp32(like, batch, heads, head_dim)
+
+
+def groups(width: int) -> int:
+    """Scales of a row in per-token-group quantization."""
+    return -(-width // nm.GROUP)
 
 
 def registered() -> tuple[str, ...]:

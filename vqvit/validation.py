@@ -72,13 +72,17 @@ def check_static_scale(op: str, name: str, scale: Tensor | None, like: Tensor) -
     check_optional(op, name, scale, torch.float32, (), like)
 
 
-def check_operands(op: str, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, zero_points: int = 0) -> tuple:
-    """int8 a (M, K) with scale (M,), int8 b (N, K) or packed with scale (N,); returns (M, N, K)."""
+def check_operands(
+    op: str, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, zero_points: int = 0, grouped: bool = False
+) -> tuple:
+    """int8 a (M, K) with scale (M,), or (M, ⌈K / 128⌉) if `grouped`; int8 b (N, K) or packed with scale (N,); returns
+    (M, N, K).
+    """
     check_tensor(op, "a", a, torch.int8, (None, None))
     m, k = a.shape
     limit = (nm.K_MAX_SYMMETRIC, nm.K_MAX_ONE_ZERO_POINT, nm.K_MAX_TWO_ZERO_POINTS)[zero_points]
     check(1 <= k <= limit, op, f"1 <= K <= {limit} (int32 accumulator, {zero_points} zero points)", f"K = {k}")
-    check_tensor(op, "a_scale", a_scale, torch.float32, (m,), a)
+    check_tensor(op, "a_scale", a_scale, torch.float32, (m, -(-k // nm.GROUP)) if grouped else (m,), a)
     check_tensor(op, "b_scale", b_scale, torch.float32, (None,), a)
     n = b_scale.shape[0]
     if b.dim() == 4:
@@ -90,7 +94,9 @@ def check_operands(op: str, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tens
 
 def check_linear(op, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum) -> tuple:
     zero_points = (a_zero is not None) + (b_zero is not None)
-    m, n, k = check_operands(op, a, a_scale, b, b_scale, zero_points)
+    grouped = a_scale.dim() == 2
+    check(not grouped or zero_points == 0, op, "no zero points with group scales", "a_zero or b_zero")
+    m, n, k = check_operands(op, a, a_scale, b, b_scale, zero_points, grouped)
     check_optional(op, "bias", bias, FLOATS, (n,), a)
     check(activation in nm.ACTIVATIONS, op, f"activation in {nm.ACTIVATIONS}", repr(activation))
     check((a_zero is None) or (b_sum is not None), op, "b_sum with a_zero (asymmetric activations)", "b_sum = None")
@@ -98,3 +104,18 @@ def check_linear(op, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_
     for name, vector, size in (("a_zero", a_zero, m), ("a_sum", a_sum, m), ("b_zero", b_zero, n), ("b_sum", b_sum, n)):
         check_optional(op, name, vector, torch.int32, (size,), a)
     return m, n, k
+
+
+def check_attention(name, q, k, v, q_scale, k_scale, v_scale) -> tuple:
+    """q int8 (B, H, Sq, D), k and v int8 (B, H, Sk, D) and their scales; returns q's shape."""
+    check_tensor(name, "q", q, torch.int8, (None, None, None, None))
+    batch, heads, queries, width = q.shape
+    check_tensor(name, "k", k, torch.int8, (batch, heads, None, width), q)
+    keys = k.shape[2]
+    check(1 <= width <= 1024, name, "a head dimension between 1 and 1024 (exact fp32 logit accumulators)", width)
+    check(1 <= keys <= nm.MAX_KEYS, name, f"between 1 and {nm.MAX_KEYS} keys (int32 sum of u16 codes)", keys)
+    check_tensor(name, "v", v, torch.int8, (batch, heads, keys, width), q)
+    check_tensor(name, "q_scale", q_scale, torch.float32, (batch, heads, queries), q)
+    check_tensor(name, "k_scale", k_scale, torch.float32, (batch, heads, keys), q)
+    check_tensor(name, "v_scale", v_scale, torch.float32, (batch, heads, width), q)
+    return batch, heads, queries, width

@@ -43,6 +43,8 @@ CONFIGS = {
     "default": vqvit.QuantConfig(),
     "asymmetric": vqvit.QuantConfig(tier="int8_asym", activation="per_token_asym"),
     "static": vqvit.QuantConfig(activation="static"),
+    "grouped": vqvit.QuantConfig(activations={"attn_out": "per_token_group", "fc2": "per_token_group"}),
+    "grouped_everywhere": vqvit.QuantConfig(activation="per_token_group"),
     "per_tensor": vqvit.QuantConfig(per_channel=False, equalize=False),
     "mixed": vqvit.QuantConfig(tiers={"fc2": "fp16", "patch_embed": "fp16", "*.0.qkv": "int8_asym"}, attention="float"),
     "static_mixed": vqvit.QuantConfig(activation="static", tiers={"fc1": "int8_asym", "fc2": "fp16", "head": "skip"}),

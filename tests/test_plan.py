@@ -48,6 +48,14 @@ BAD_PLANS = {
     "field": (edited(layers=[{**LAYER, "gamma": 1}]), r"plan, layers\[0\]: expected fields among .*; got \['gamma'\]"),
     "missing": (edited(layers=[{"name": "x"}]), r"\['role'\] missing"),
     "beta": (edited(layers=[{**LAYER, "beta": "big"}]), "beta of x: expected a number; got 'big'"),
+    "group_zero_point": (
+        edited(layers=[{**LAYER, "tier": "int8_asym", "activation": "per_token_group"}]),
+        "x: expected tier int8 or fp16 and delta 0 with per_token_group; got tier int8_asym",
+    ),
+    "group_delta": (
+        edited(layers=[{**LAYER, "activation": "per_token_group", "delta": 0.5}]),
+        "got tier int8, delta 0.5",
+    ),
     "twice": (edited(layers=[LAYER, LAYER]), "expected each layer once; got x repeated"),
     "half": (edited(half_dtype="float8"), "half_dtype: expected one of bfloat16, float16"),
     "unknown": (edited(extra=1), "got \\['extra'\\]"),

@@ -15,8 +15,10 @@ FORMAT = 1
 TIERS = ("int8", "int8_asym", "fp16")
 """Symmetric int8 weights · int8 weights with zero points · half precision (numerics §9)."""
 
-ACTIVATIONS = ("per_token", "per_token_asym", "static")
-"""Scale of each token, symmetric or with a zero point · one calibrated scale (numerics §3)."""
+ACTIVATIONS = ("per_token", "per_token_asym", "per_token_group", "static")
+"""A scale for each token, symmetric or with a zero point · for each 128 columns of a token · one calibrated scale
+(numerics §3).
+"""
 
 ATTENTION = ("int8", "float")
 
@@ -83,6 +85,9 @@ class LayerPlan:
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise PlanError(f"{option} of {self.name}: expected a number; got {value!r}")
+        if self.activation == "per_token_group" and (self.tier == "int8_asym" or self.delta != 0.0):
+            received = f"tier {self.tier}, delta {self.delta}"
+            raise PlanError(f"{self.name}: expected tier int8 or fp16 and delta 0 with per_token_group; got {received}")
 
 
 @dataclass(frozen=True)
@@ -164,12 +169,14 @@ class QuantConfig:
         tier: tier of every layer, one of `TIERS`.
         tiers: exceptions: role, or fnmatch pattern on the layer name, to tier or "skip" (leave the layer alone). The
             last match wins.
+        activations: exceptions from `activation`, in the same form.
         activation, attention, per_channel, equalize, half_dtype: as in `LayerPlan`, `BlockPlan`, `Plan`.
     """
 
     tier: str = "int8"
     tiers: dict[str, str] = field(default_factory=dict)
     activation: str = "per_token"
+    activations: dict[str, str] = field(default_factory=dict)
     attention: str = "int8"
     per_channel: bool = True
     equalize: bool = True
@@ -180,18 +187,27 @@ class QuantConfig:
         for pattern, tier in self.tiers.items():
             _one_of(f"tier of {pattern!r}", tier, (*TIERS, "skip"))
         _one_of("activation", self.activation, ACTIVATIONS)
+        for pattern, activation in self.activations.items():
+            _one_of(f"activation of {pattern!r}", activation, ACTIVATIONS)
         _one_of("attention", self.attention, ATTENTION)
         _one_of("half_dtype", self.half_dtype, HALF_DTYPES)
 
     def tier_of(self, name: str, role: str) -> str:
         """The tier, or "skip", of layer `name` with `role`."""
-        chosen = self.tier
-        for pattern, tier in self.tiers.items():
-            if pattern == role or fnmatch(name, pattern):
-                chosen = tier
-        return chosen
+        return _last_match(self.tiers, name, role, self.tier)
+
+    def activation_of(self, name: str, role: str) -> str:
+        """The activation scale of layer `name` with `role`."""
+        return _last_match(self.activations, name, role, self.activation)
 
     @staticmethod
     def from_dict(fields: dict) -> "QuantConfig":
         """Raises `PlanError` for unknown fields or values."""
         return _build(QuantConfig, fields, "configuration")
+
+
+def _last_match(exceptions: dict[str, str], name: str, role: str, default: str) -> str:
+    for pattern, value in exceptions.items():
+        if pattern == role or fnmatch(name, pattern):
+            default = value
+    return default

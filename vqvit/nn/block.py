@@ -17,8 +17,9 @@ ROLES = ("qkv", "attn_out", "fc1", "fc2")
 class EncoderBlock(QuantModule):
     """h += ls1 ∘ Attention(LN1(h)) Wo; h += ls2 ∘ fc2(act(fc1(LN2(h)))).
 
-    Between a LayerNorm and the residual stream an int8 layer sees only codes: LayerNorm quantizes, fc1's epilogue
-    quantizes for fc2, and residual and layer scale ride in the epilogues of attn_out and fc2.
+    Between a LayerNorm and the residual stream an int8 layer sees only codes: LayerNorm quantizes, the epilogue of qkv
+    for attention and that of fc1 for fc2, attention for attn_out if that takes group scales; residual and layer scale
+    ride in the epilogues of attn_out and fc2.
     """
 
     def __init__(self, plan: BlockPlan, layers: dict[str, LayerPlan], parts: BlockParts, half: torch.dtype):
@@ -59,18 +60,19 @@ class EncoderBlock(QuantModule):
         stream = hidden_states.reshape(batch * tokens, width)
         dtype = stream.dtype
         normalized = self._normalize(stream, self.norm1_weight, self.norm1_bias, self.eps1, self.qkv)
-        qkv = self.qkv(normalized, out_dtype=dtype).view(batch, tokens, -1)
-        attended = self._attend(qkv).view(batch * tokens, -1)
+        attended = self._attend(normalized, batch, tokens, dtype)
         stream = self.attn_out(attended, layer_scale=self.layer_scale1, residual=stream, out_dtype=dtype)
         normalized = self._normalize(stream, self.norm2_weight, self.norm2_bias, self.eps2, self.fc1)
-        stream = self.fc2(self._expand(normalized), layer_scale=self.layer_scale2, residual=stream, out_dtype=dtype)
+        stream = self.fc2(
+            self._expand(normalized, dtype), layer_scale=self.layer_scale2, residual=stream, out_dtype=dtype
+        )
         stream = stream.view(batch, tokens, width)
         return (stream,) if self.plan.returns_tuple else stream
 
     def _normalize(self, stream: Tensor, weight: Tensor, bias: Tensor, eps: float, consumer) -> Tensor | Codes:
         if isinstance(consumer, HalfLinear):
             return F.layer_norm(stream, stream.shape[-1:], weight.to(stream.dtype), bias.to(stream.dtype), eps)
-        if not consumer.fuses_input or consumer.plan.activation == "per_token_asym":
+        if not consumer.fuses_input or consumer.plan.activation in ("per_token_asym", "per_token_group"):
             return nm.layer_norm(stream, weight, bias, eps).to(stream.dtype)
         row_sum = consumer.zero_point is not None
         codes, scale, sums = ops.layernorm_quantize(
@@ -78,17 +80,29 @@ class EncoderBlock(QuantModule):
         )
         return Codes(codes, scale, None, sums if row_sum else None)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        if self.plan.attention == "int8":
-            return ops.int8_attention(*ops.quantize_qkv(qkv, self.num_heads), self.softmax_scale, qkv.dtype)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale).transpose(1, 2).flatten(2)
+    def _attend(self, normalized: Tensor | Codes, batch: int, tokens: int, dtype: torch.dtype) -> Tensor | Codes:
+        """Attention of all heads, (B · S, H · D) for attn_out: codes where it takes group scales."""
+        if self.plan.attention == "float" or isinstance(self.qkv, HalfLinear):
+            return self._attend_projected(self.qkv(normalized, out_dtype=dtype).view(batch, tokens, -1))
+        codes = normalized if isinstance(normalized, Codes) else self.qkv.quantize_input(normalized)
+        operands = self.qkv.forward_qkv(codes, tokens, self.num_heads)
+        if self.attn_out.fuses_input and self.attn_out.plan.activation == "per_token_group":
+            return Codes(*ops.int8_attention_quantize(*operands, self.softmax_scale))
+        return ops.int8_attention(*operands, self.softmax_scale, dtype).flatten(0, 1)
 
-    def _expand(self, normalized: Tensor | Codes) -> Tensor | Codes:
+    def _attend_projected(self, qkv: Tensor) -> Tensor:
+        if self.plan.attention == "int8":
+            operands = ops.quantize_qkv(qkv, self.num_heads)
+            return ops.int8_attention(*operands, self.softmax_scale, qkv.dtype).flatten(0, 1)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
+        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def _expand(self, normalized: Tensor | Codes, dtype: torch.dtype) -> Tensor | Codes:
         """act(fc1(x)): codes where both fc1 and fc2 run on them."""
         if isinstance(normalized, Codes) and self.fc2.fuses_input and self.fc2.plan.delta == 0.0:
             return self.fc1.forward_codes(normalized, self.activation, self.fc2)
-        return self.fc1(normalized, self.activation, out_dtype=self.dtype)
+        return self.fc1(normalized, self.activation, out_dtype=dtype)
 
     def float_state(self, names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
         """The float parameters this block stands for, under the names of the block it replaced (`BlockParts.names`)."""

@@ -20,7 +20,7 @@ class Codes(NamedTuple):
     """A quantized activation: x ≈ scale (codes - zero_point)."""
 
     codes: Tensor  # (M, K) int8
-    scale: Tensor  # (M,) fp32
+    scale: Tensor  # (M,) fp32, or (M, ⌈K / 128⌉) per group
     zero_point: Tensor | None = None  # (M,) int32
     row_sum: Tensor | None = None  # (M,) int32, Σ_k codes
 
@@ -87,6 +87,8 @@ class QuantLinear(QuantModule):
         elif self.plan.activation == "static":
             codes, scale, sums = ops.quantize_static(x, self.require_input_scale(), None, row_sum)
             return Codes(codes, scale, None, sums if row_sum else None)
+        if self.plan.activation == "per_token_group":
+            return Codes(*ops.quantize_per_group(x))
         symmetric = self.plan.activation != "per_token_asym"
         codes, scale, zero_point, sums = ops.quantize_per_token(x, self.plan.delta, None, symmetric, row_sum)
         return Codes(codes, scale, None if symmetric else zero_point, sums if row_sum else None)
@@ -116,12 +118,20 @@ class QuantLinear(QuantModule):
 
     def forward_codes(self, x: Codes, activation: str, consumer: "QuantLinear") -> Codes:
         """The activation's result as codes for the next layer, quantized in this layer's epilogue."""
+        per_group = consumer.plan.activation == "per_token_group"
         symmetric, row_sum = consumer.plan.activation != "per_token_asym", consumer.zero_point is not None
         codes, scale, zero_point, sums = ops.int8_linear_quantize(
             x.codes, x.scale, self.codes, self.scale, self.bias, activation, x.zero_point, x.row_sum,
-            self.zero_point, self.code_sum, consumer.require_input_scale(), symmetric, row_sum,
+            self.zero_point, self.code_sum, consumer.require_input_scale(), symmetric, row_sum, per_group,
         )  # fmt: skip
         return Codes(codes, scale, None if symmetric else zero_point, sums if row_sum else None)
+
+    def forward_qkv(self, x: Codes, tokens: int, num_heads: int) -> tuple[Tensor, ...]:
+        """Codes and scales of q, k and v for `ops.int8_attention`, quantized in this layer's epilogue."""
+        return ops.int8_linear_qkv(
+            x.codes, x.scale, self.codes, self.scale, self.bias, tokens, num_heads, x.zero_point, x.row_sum,
+            self.zero_point, self.code_sum,
+        )  # fmt: skip
 
     def float_weight(self) -> Tensor:
         """fp32 (N, K): what the codes stand for."""

@@ -7,7 +7,7 @@ activations and residuals are read in their own dtype. The number of threads is 
 import torch
 from torch import Tensor
 
-from vqvit import native
+from vqvit import native, reference
 from vqvit import numerics as nm
 from vqvit.reference import COMPENSATION_TERMS, K_GROUP, PANEL
 
@@ -43,6 +43,13 @@ def set_isa(name: str | None) -> None:
 
 def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=False):
     return _quantize(x, None, delta, equalizer, symmetric, row_sum)
+
+
+def quantize_per_group(x, equalizer=None):
+    k = x.shape[-1]
+    groups = nm.groups(x if equalizer is None else x.float() * equalizer)
+    codes, scale, _, _ = _quantize(groups, None, 0.0, None, True, False)
+    return codes.flatten(-2)[..., :k].contiguous(), scale
 
 
 def quantize_static(x, scale, equalizer=None, row_sum=False):
@@ -87,6 +94,11 @@ def int8_linear(
     a, a_scale, b, b_scale, bias=None, activation="none", layer_scale=None, residual=None,
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_dtype=torch.float32,
 ):  # fmt: skip
+    if a_scale.dim() == 2:  # no native kernel yet
+        b = unpack_weight(b, b_scale.shape[0], a.shape[1]) if b.dim() == 4 else b
+        return reference.int8_linear(
+            a, a_scale, b, b_scale, bias, activation, layer_scale, residual, out_dtype=out_dtype
+        )
     gemm, operands = _gemm(
         a, a_scale, b, b_scale, bias, activation, layer_scale, residual, a_zero, a_sum, b_zero, b_sum
     )
@@ -100,7 +112,15 @@ def int8_linear(
 def int8_linear_quantize(
     a, a_scale, b, b_scale, bias=None, activation="none",
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, symmetric=True, row_sum=False,
+    per_group=False,
 ):  # fmt: skip
+    if per_group or a_scale.dim() == 2:
+        zero_points = (a_zero, a_sum, b_zero, b_sum)
+        y = int8_linear(a, a_scale, b, b_scale, bias, activation, None, None, *zero_points)
+        if per_group:
+            return *quantize_per_group(y), _int32(y, (), False), _int32(y, (), False)
+        codes, scale, zero_point, sums = _quantize(y, out_scale, 0.0, None, symmetric, row_sum)
+        return codes, scale, zero_point, sums
     gemm, operands = _gemm(a, a_scale, b, b_scale, bias, activation, None, None, a_zero, a_sum, b_zero, b_sum)
     m = gemm.m
     codes = a.new_empty((m, gemm.n), dtype=torch.int8)
@@ -113,6 +133,16 @@ def int8_linear_quantize(
     )  # fmt: skip
     del operands
     return codes, scale, zero_point, sums
+
+
+def int8_linear_qkv(a, a_scale, b, b_scale, bias, tokens, num_heads, a_zero=None, a_sum=None, b_zero=None, b_sum=None):
+    zero_points = (a_zero, a_sum, b_zero, b_sum)
+    y = int8_linear(a, a_scale, b, b_scale, bias, "none", None, None, *zero_points)
+    return quantize_qkv(y.view(-1, tokens, y.shape[-1]), num_heads)
+
+
+def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
+    return quantize_per_group(int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale).flatten(0, 1))
 
 
 def quantize_residual(x, codes, scale):

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 
+from vqvit import numerics as nm
 from vqvit import reference
 from vqvit.reference import pack_weight, unpack_weight  # noqa: F401  (a layout for CPUs: one implementation)
 
@@ -54,6 +55,13 @@ def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=Fal
     return _kernels("quantize").quantize_per_token(x, delta, equalizer, symmetric, row_sum)
 
 
+def quantize_per_group(x, equalizer=None):
+    k = x.shape[-1]
+    groups = nm.groups(x if equalizer is None else x.float() * equalizer)
+    codes, scale, _, _ = quantize_per_token(groups)
+    return codes.flatten(-2)[..., :k].contiguous(), scale
+
+
 def quantize_static(x, scale, equalizer=None, row_sum=False):
     return _kernels("quantize").quantize_static(x, scale, equalizer, row_sum)
 
@@ -83,6 +91,10 @@ def int8_linear(
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_dtype=torch.float32,
 ):  # fmt: skip
     b = _unpacked(b, b_scale, a)
+    if a_scale.dim() == 2:  # no kernel yet
+        return reference.int8_linear(
+            a, a_scale, b, b_scale, bias, activation, layer_scale, residual, out_dtype=out_dtype
+        )
     return _kernels("gemm_s8").int8_linear(
         a, a_scale, b, b_scale, bias, activation, layer_scale, residual, a_zero, a_sum, b_zero, b_sum, out_dtype
     )
@@ -91,11 +103,31 @@ def int8_linear(
 def int8_linear_quantize(
     a, a_scale, b, b_scale, bias=None, activation="none",
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, symmetric=True, row_sum=False,
+    per_group=False,
 ):  # fmt: skip
+    if per_group or a_scale.dim() == 2:
+        y = int8_linear(a, a_scale, b, b_scale, bias, activation, None, None, a_zero, a_sum, b_zero, b_sum)
+        if per_group:
+            absent = torch.empty(0, dtype=torch.int32, device=a.device)
+            return *quantize_per_group(y), absent, absent
+        if out_scale is None:
+            return quantize_per_token(y, 0.0, None, symmetric, row_sum)
+        codes, scale, sums = quantize_static(y, out_scale, None, row_sum)
+        return codes, scale, torch.empty(0, dtype=torch.int32, device=a.device), sums
     b = _unpacked(b, b_scale, a)
     return _kernels("gemm_s8").int8_linear_quantize(
         a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum, out_scale, symmetric, row_sum
     )
+
+
+def int8_linear_qkv(a, a_scale, b, b_scale, bias, tokens, num_heads, a_zero=None, a_sum=None, b_zero=None, b_sum=None):
+    zero_points = (a_zero, a_sum, b_zero, b_sum)
+    y = int8_linear(a, a_scale, b, b_scale, bias, "none", None, None, *zero_points)
+    return quantize_qkv(y.view(-1, tokens, y.shape[-1]), num_heads)
+
+
+def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
+    return quantize_per_group(int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale).flatten(0, 1))
 
 
 def quantize_residual(x, codes, scale):

@@ -50,8 +50,7 @@ class EncoderBlock(QuantModule):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
         """(B, S, D) to (B, S, D), or a 1-tuple of it where the replaced block returned tuples."""
-        if attention_mask is not None or kwargs.get("head_mask") is not None:
-            raise ValueError(f"{self.plan.name}: expected no attention or head mask (not computed in int8); got one")
+        self._check_masks(attention_mask, kwargs.get("head_mask"))
         if kwargs.get("output_attentions"):
             raise ValueError(
                 f"{self.plan.name}: expected output_attentions=False: int8 attention keeps no probabilities"
@@ -68,6 +67,15 @@ class EncoderBlock(QuantModule):
         )
         stream = stream.view(batch, tokens, width)
         return (stream,) if self.plan.returns_tuple else stream
+
+    def _check_masks(self, attention_mask: Tensor | None, head_mask: Tensor | None) -> None:
+        """transformers makes a mask of ones when a model is exported: what it holds is checked at run time."""
+        message = f"{self.plan.name}: expected no attention or head mask (not computed in int8); got one"
+        if head_mask is None and attention_mask is not None and torch.compiler.is_exporting():
+            boolean = attention_mask.dtype == torch.bool
+            torch._assert_async((attention_mask if boolean else attention_mask == 0).all(), message)
+        elif attention_mask is not None or head_mask is not None:
+            raise ValueError(message)
 
     def _normalize(self, stream: Tensor, weight: Tensor, bias: Tensor, eps: float, consumer) -> Tensor | Codes:
         if isinstance(consumer, HalfLinear):

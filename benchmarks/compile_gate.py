@@ -123,6 +123,33 @@ def gemm_cases(row: int, tensor_core: str) -> Iterator[Case]:
     yield Case("int8_linear_compensated full", compensated, tensor_core)
 
 
+def group_cases(row: int, tensor_core: str) -> Iterator[Case]:
+    """Each config of group scales: fc1 that stores groups, fc2 that reads them, and both at once."""
+    m, k, n = 12608, 768, 3072
+    half, int8 = torch.float16, torch.int8
+    for c in (*gemm_s8.GROUP_CONFIGS[row], gemm_s8.RAGGED_GROUP_CONFIG):
+        tile = f"{c.block_m}x{c.block_n}x{c.block_k} stages {c.num_stages}"
+
+        def linear(c, n, k, grouped, stored):
+            a_scale = meta(m, -(-k // 128)) if grouped else meta(m)
+            operands = meta(m, k, dtype=int8), a_scale, meta(n, k, dtype=int8), meta(n)
+            with mock.patch.object(gemm_s8, "choose", lambda *_: c):
+                if stored:
+                    gemm_s8.int8_linear_quantize(*operands, meta(n, dtype=half), "gelu", per_group=True)
+                else:
+                    vector, residual = meta(n, dtype=half), meta(m, n, dtype=half)
+                    gemm_s8.int8_linear(*operands, vector, "none", vector, residual, out_dtype=half)
+
+        ragged = c is gemm_s8.RAGGED_GROUP_CONFIG
+        for what, n_, k_, grouped, stored in (
+            ("store groups gelu", n, 588 if ragged else k, False, True),
+            ("group scales residual fp16", k, 588 if ragged else n, True, False),
+            ("group scales store groups", n, 588 if ragged else k, True, True),
+        ):
+            call = functools.partial(linear, c, n_, k_, grouped, stored)
+            yield Case(f"int8_linear {what} {tile}", call, f"{WGMMA_S8}|{MMA_S8}" if ragged else tensor_core)
+
+
 def attention_cases() -> Iterator[Case]:
     """Each config: one pass (197 tokens of an image) and two (1568 tokens of a video clip), by head dimension."""
     for tokens, dim in ((197, 64), (197, 80), (1568, 64), (1568, 128), (1568, 256), (197, 512)):
@@ -223,7 +250,10 @@ def option_cases() -> Iterator[Case]:
 def cases(arch: int) -> list[Case]:
     row = ARCHITECTURES[arch].row
     options = option_cases() if arch == max(ARCHITECTURES) else ()  # the language front end is the same for all
-    return [*gemm_cases(row, WGMMA_S8 if arch == 90 else MMA_S8), *attention_cases(), *row_cases(), *options]
+    tensor_core = WGMMA_S8 if arch == 90 else MMA_S8
+    return [
+        *gemm_cases(row, tensor_core), *group_cases(row, tensor_core), *attention_cases(), *row_cases(), *options
+    ]  # fmt: skip
 
 
 class _NoDriver:

@@ -61,10 +61,12 @@ FRACTIONS = Fractions()
 
 TILE = 128  # rows and columns of a GEMM tile
 EPILOGUE = {"none": 9, "gelu": 24, "residual": 11, "codes": 17, "gelu_codes": 32}
-"""Instructions for each output of a GEMM, counted in the machine code of the Triton kernels and rounded."""
+"""Instructions for each output of a GEMM: 3 to dequantize, 18 for GELU and 8 for codes are counted in the code of
+the Triton kernels (kernels/gemm_s8.py); loads, stores and addresses are estimated.
+"""
 
-ROW_INSTRUCTIONS = {"layernorm": 30, "quantize": 12}
-LOGIT_INSTRUCTIONS = 24
+ROW_INSTRUCTIONS = {"layernorm": 30, "quantize": 12}  # an element; the LayerNorm's exact sums are an estimate
+LOGIT_INSTRUCTIONS = 24  # kernels/attention_s8.py
 
 
 @dataclass(frozen=True)

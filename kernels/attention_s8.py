@@ -72,8 +72,8 @@ def _logits(q, row_factor, k_ptr, k_scale_ptr, start, SK, D, BLOCK_N: tl.constex
     k_scale = tl.load(k_scale_ptr + keys, mask=keys < SK, other=0.0)
     k_scale = tl.where(tl.abs(k_scale) < nm.INF, k_scale, float("nan"))
     acc = tl.dot(q, k, out_dtype=tl.int32)
-    if BLOCK_D <= 256:  # |acc| <= 256 · 127² < 2^22: an addition is cheaper than a conversion
-        acc = (acc + nm.MAGIC_BITS).to(tl.float32, bitcast=True) - nm.MAGIC
+    if BLOCK_D <= 256:  # |acc| <= 256 · 127² < 2^22
+        acc = nm.small_int_to_fp32(acc)
     else:
         acc = acc.to(tl.float32)
     return tl.where(keys[None, :] < SK, row_factor * k_scale[None, :] * acc, -nm.INF)

@@ -3,7 +3,10 @@
     acc = Σ_k a[m, k] · b[n, k]                                                                exact int32
     acc += -z_a[m] Σ_k b[n, k] - z_b[n] Σ_k a[m, k] + K z_a[m] z_b[n]                          optional zero points
     y = act(fma(acc, α_a[m] α_b[n], bias[n]));  fma(y, layer_scale[n], residual[m, n])         fp32
-    store int32 acc, or y as float, or clamp(rne(y / α_out)) as int8 (static scale)
+    store int32 acc, or y as float, or as int8 with a static scale or one for each row and 128 columns
+
+With group scales α_a (M, ⌈K / 128⌉) the products of each 128 columns are promoted on their own, g in order:
+s = fma(acc_g, α_a[m, g], s), and y = act(fma(s, α_b[n], bias[n])).
 
 Shapes: a (M, K) int8 row-major, b (N, K) int8 with K contiguous (weights as stored), vectors (M,) and (N,), out (M, N).
 Layout: both operands have K contiguous, as int8 tensor cores want them; wgmma reads both from shared memory.
@@ -20,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vqvit import numerics as contract
 from vqvit.kernels import numerics as nm
 from vqvit.kernels.launch import EXACT, INTERPRETER, Device, absent, device_of, on, row_major, vector
 from vqvit.kernels.quantize import quantize_per_token
@@ -70,6 +74,18 @@ GEMM_CONFIGS = {
 RAGGED_CONFIG = GemmConfig(64, 64, 64, 4, 3, ctas=2)
 
 
+# Group scales keep an fp32 sum beside the int32 products, and a group's store needs 128 columns of a row at once: no
+# tile of 256 columns, and registers for one or two blocks.
+GROUP_CONFIGS = {
+    90: (GemmConfig(128, 128, 128, 8, 3, ctas=1), GemmConfig(64, 128, 128, 4, 3, ctas=2)),
+    86: (GemmConfig(128, 128, 64, 8, 3, ctas=1), GemmConfig(64, 128, 64, 4, 4, ctas=2)),
+    80: (GemmConfig(128, 128, 64, 8, 4, ctas=1), GemmConfig(64, 128, 64, 4, 4, ctas=2)),
+    INTERPRETER: (GemmConfig(64, 128, 64, 4, 1, ctas=1),),
+}
+
+RAGGED_GROUP_CONFIG = GemmConfig(64, 128, 64, 4, 3, ctas=2)
+
+
 # A roofline of one multiprocessor of the H200, to compare tiles with. The epilogue's operations are counted in SASS; L2
 # bandwidth and the cost of a step (Triton waits for each int8 wgmma before the next loads) are estimates, not measured.
 MACS_PER_CYCLE = 4096
@@ -89,17 +105,17 @@ def wave_cycles(c: GemmConfig, blocks: int, k: int) -> float:
 
 
 @functools.cache
-def choose(device: Device, m: int, n: int, k: int, unit: int) -> GemmConfig:
-    """The config whose waves of tiles take the least time; ties go to the earlier entry."""
+def choose(device: Device, m: int, n: int, k: int, unit: int, groups: bool = False) -> GemmConfig:
+    """The config whose waves of tiles take the least time; ties go to the earlier entry. `groups`: on either side."""
     if unit < 16 and device.arch != INTERPRETER:
-        return RAGGED_CONFIG
+        return RAGGED_GROUP_CONFIG if groups else RAGGED_CONFIG
 
     def cycles(c: GemmConfig) -> float:
         full_waves, rest = divmod(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n), device.sms * c.ctas)
         last_wave = wave_cycles(c, triton.cdiv(rest, device.sms), k) if rest else 0.0
         return full_waves * wave_cycles(c, c.ctas, k) + last_wave
 
-    return min(GEMM_CONFIGS[device.arch], key=cycles)
+    return min((GROUP_CONFIGS if groups else GEMM_CONFIGS)[device.arch], key=cycles)
 
 
 @triton.jit
@@ -132,10 +148,10 @@ def load_k(ptrs, offs_k, k, K, EVEN_K: tl.constexpr):
 
 @triton.jit
 def scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N):
-    """fma(acc, α_a α_bᵀ, bias) of fp32 accumulators."""
-    a_scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0)
-    b_scale = tl.load(b_scale_ptr + offs_n, mask=offs_n < N, other=0.0)
-    scale = a_scale[:, None] * b_scale[None, :]
+    """fma(acc, α_a α_bᵀ, bias) of fp32 accumulators; without a_scale they are multiplied by it already."""
+    scale = tl.load(b_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+    if a_scale_ptr is not None:
+        scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None] * scale
     if bias_ptr is not None:
         bias = nm.to_fp32(tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0))
         y = nm.fma(acc, scale, bias[None, :])
@@ -210,7 +226,13 @@ def _epilogue(
                 y = y * layer_scale
 
             # store
-            if out_ptr.dtype.element_ty == tl.int8:
+            if out_ptr.dtype.element_ty == tl.int8 and out_scale_ptr is None:
+                y = tl.where(offs_n[None, :] < N, y, 0.0)
+                codes, scale = nm.quantize_rows(y, True, inside, BLOCK_N, 0.0, False)
+                groups = tl.cdiv(N, BLOCK_N)
+                tl.store(row_scale_ptr + offs_m[:, None] * groups + first_n // BLOCK_N, scale, mask=offs_m[:, None] < M)
+                tl.store(out_ptrs, codes, mask=inside)
+            elif out_ptr.dtype.element_ty == tl.int8:
                 if tl.max(nm.magnitude_bits(y)) >= nm.INF_BITS:  # rare, so that the usual tile pays one reduction
                     _, finite = nm.row_absmax(y)
                     rows = offs_m[:, None]
@@ -230,7 +252,7 @@ def _int8_gemm_kernel(
     a_ptr,  # (M, K) int8
     b_ptr,  # (N, K) int8
     out_ptr,  # (M, N) int32 (raw accumulators), float or int8 (static codes)
-    a_scale_ptr,  # (M,) fp32
+    a_scale_ptr,  # (M,) fp32, or (M, cdiv(K, GROUP))
     b_scale_ptr,  # (N,) fp32
     bias_ptr,  # (N,) float or None
     layer_scale_ptr,  # (N,) float or None
@@ -239,8 +261,9 @@ def _int8_gemm_kernel(
     a_sum_ptr,  # (M,) int32 or None
     b_zero_ptr,  # (N,) int32 or None, with a_sum
     b_sum_ptr,  # (N,) int32 or None
-    out_scale_ptr,  # () fp32 for codes
-    row_scale_ptr,  # (M,) fp32 for codes, holds out_scale: rows with NaN or Inf are overwritten with NaN
+    out_scale_ptr,  # () fp32 for static codes
+    row_scale_ptr,  # (M,) fp32 for static codes, holds out_scale: rows with NaN or Inf are overwritten with NaN
+    #                 (M, cdiv(N, SUBTILE_N)) fp32 for codes by group
     row_sum_ptr,  # (M,) int32 or None, holds 0
     M,
     N,
@@ -251,6 +274,7 @@ def _int8_gemm_kernel(
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
     K_UNIT: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -271,13 +295,28 @@ def _int8_gemm_kernel(
     b_ptrs = b_ptr + first_n.to(tl.int64) * stride_bn + (rows_b[None, :] * stride_bn + offs_k[:, None])
 
     # main loop
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for k in range(0, K, BLOCK_K):
-        a = load_k(a_ptrs, offs_k[None, :], k, K, EVEN_K)
-        b = load_k(b_ptrs, offs_k[:, None], k, K, EVEN_K)
-        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
-        a_ptrs += BLOCK_K
-        b_ptrs += BLOCK_K
+    if GROUP > 0:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        group_ptrs = a_scale_ptr + (first_m + rows_a).to(tl.int64) * tl.cdiv(K, GROUP)
+        for first_k in range(0, K, GROUP):
+            products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+            for step in tl.static_range(0, GROUP, BLOCK_K):
+                a = load_k(a_ptrs, offs_k[None, :], first_k + step, K, EVEN_K)
+                b = load_k(b_ptrs, offs_k[:, None], first_k + step, K, EVEN_K)
+                products = tl.dot(a, b, products, out_dtype=tl.int32)
+                a_ptrs += BLOCK_K
+                b_ptrs += BLOCK_K
+            acc = nm.fma(nm.small_int_to_fp32(products), tl.load(group_ptrs)[:, None], acc)
+            group_ptrs += 1
+        a_scale_ptr = None
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+        for k in range(0, K, BLOCK_K):
+            a = load_k(a_ptrs, offs_k[None, :], k, K, EVEN_K)
+            b = load_k(b_ptrs, offs_k[:, None], k, K, EVEN_K)
+            acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+            a_ptrs += BLOCK_K
+            b_ptrs += BLOCK_K
 
     # epilogue, store
     _epilogue(
@@ -291,12 +330,14 @@ def _launch(
     a, b, out, a_scale=None, b_scale=None, bias=None, activation="none", layer_scale=None, residual=None,
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, row_scale=None, row_sum=None,
 ):  # fmt: skip
+    """Codes are by group if `row_scale` has a column for each."""
     (m, k), n = a.shape, out.shape[1]
     if m == 0 or n == 0:
         return
     a, b, residual = row_major(a), row_major(b), None if residual is None else row_major(residual)
     unit = math.gcd(16, k, a.stride(0), b.stride(0))
-    c = choose(device_of(a), m, n, k, unit)
+    grouped, store_groups = a_scale is not None and a_scale.dim() == 2, row_scale is not None and row_scale.dim() == 2
+    c = choose(device_of(a), m, n, k, unit, grouped or store_groups)
     vectors = (bias, layer_scale, a_zero, a_sum, b_zero, b_sum)
     bias, layer_scale, a_zero, a_sum, b_zero, b_sum = (vector(v) for v in vectors)
     strides = (a.stride(0), b.stride(0), 0 if residual is None else residual.stride(0))
@@ -304,8 +345,9 @@ def _launch(
         _int8_gemm_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
             a, b, out, vector(a_scale), vector(b_scale), bias, layer_scale, residual, a_zero, a_sum, b_zero, b_sum,
             out_scale, row_scale, row_sum, m, n, k, *strides,
-            ACTIVATION=activation, EVEN_K=k % c.block_k == 0, K_UNIT=unit,
-            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, SUBTILE_N=c.subtile_n, GROUP_M=c.group_m,
+            ACTIVATION=activation, EVEN_K=k % (contract.GROUP if grouped else c.block_k) == 0, K_UNIT=unit,
+            GROUP=contract.GROUP if grouped else 0, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
+            SUBTILE_N=contract.GROUP if store_groups else c.subtile_n, GROUP_M=c.group_m,
             num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers, **EXACT,
         )  # fmt: skip
 
@@ -328,8 +370,15 @@ def int8_linear(
 def int8_linear_quantize(
     a, a_scale, b, b_scale, bias=None, activation="none",
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, symmetric=True, row_sum=False,
+    per_group=False,
 ):  # fmt: skip
     zero_points = (a_zero, a_sum, b_zero, b_sum)
+    if per_group:
+        m, n = a.shape[0], b_scale.shape[0]
+        codes = torch.empty((m, n), dtype=torch.int8, device=a.device)
+        scale = torch.empty((m, triton.cdiv(n, contract.GROUP)), dtype=torch.float32, device=a.device)
+        _launch(a, b, codes, a_scale, b_scale, bias, activation, None, None, *zero_points, None, scale)
+        return codes, scale, absent(a), absent(a)
     if out_scale is None:  # a row's scale needs all of its tiles: fp32 through memory, and a second launch
         y = int8_linear(a, a_scale, b, b_scale, bias, activation, None, None, *zero_points)
         return quantize_per_token(y, 0.0, None, symmetric, row_sum)

@@ -107,6 +107,12 @@ def rne_int8(x):
 
 
 @triton.jit
+def small_int_to_fp32(x):
+    """int32 |x| < 2^22 to fp32 by two additions, several times faster than the conversion instruction."""
+    return (x + MAGIC_BITS).to(tl.float32, bitcast=True) - MAGIC
+
+
+@triton.jit
 def pow2(exponent):
     """2^exponent for int32 -126 <= exponent <= 127, assembled from its bits."""
     return ((exponent << 23) + ONE_BITS).to(tl.float32, bitcast=True)

@@ -55,9 +55,11 @@ def test_gemm_runs_on_the_tensor_core_of_its_architecture(tables, arch):
 
 @pytest.mark.parametrize("arch", INSTRUCTIONS)
 def test_as_many_blocks_share_a_multiprocessor_as_the_table_says(tables, arch):
-    for c in gemm_s8.GEMM_CONFIGS[arch]:
+    for c in (*gemm_s8.GEMM_CONFIGS[arch], *gemm_s8.GROUP_CONFIGS[arch]):
         tile = f"BLOCK_M={c.block_m} BLOCK_N={c.block_n} BLOCK_K={c.block_k}"
-        compiled = [r for r in tables[arch] if r["kernel"] == "int8_gemm_kernel" and tile in r["config"]]
+        groups = c in gemm_s8.GROUP_CONFIGS[arch]
+        compiled = [r for r in tables[arch] if tile in r["config"] and ("group" in r["case"]) == groups]
+        compiled = [r for r in compiled if r["kernel"] == "int8_gemm_kernel"]
         assert compiled, f"{tile} was not compiled"
         assert all(int(r["ctas_per_sm"]) >= c.ctas for r in compiled), tile
 

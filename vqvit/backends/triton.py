@@ -91,10 +91,6 @@ def int8_linear(
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_dtype=torch.float32,
 ):  # fmt: skip
     b = _unpacked(b, b_scale, a)
-    if a_scale.dim() == 2:  # no kernel yet
-        return reference.int8_linear(
-            a, a_scale, b, b_scale, bias, activation, layer_scale, residual, out_dtype=out_dtype
-        )
     return _kernels("gemm_s8").int8_linear(
         a, a_scale, b, b_scale, bias, activation, layer_scale, residual, a_zero, a_sum, b_zero, b_sum, out_dtype
     )
@@ -105,18 +101,22 @@ def int8_linear_quantize(
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, symmetric=True, row_sum=False,
     per_group=False,
 ):  # fmt: skip
-    if per_group or a_scale.dim() == 2:
-        y = int8_linear(a, a_scale, b, b_scale, bias, activation, None, None, a_zero, a_sum, b_zero, b_sum)
-        if per_group:
-            absent = torch.empty(0, dtype=torch.int32, device=a.device)
-            return *quantize_per_group(y), absent, absent
-        if out_scale is None:
-            return quantize_per_token(y, 0.0, None, symmetric, row_sum)
-        codes, scale, sums = quantize_static(y, out_scale, None, row_sum)
-        return codes, scale, torch.empty(0, dtype=torch.int32, device=a.device), sums
     b = _unpacked(b, b_scale, a)
     return _kernels("gemm_s8").int8_linear_quantize(
-        a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum, out_scale, symmetric, row_sum
+        a,
+        a_scale,
+        b,
+        b_scale,
+        bias,
+        activation,
+        a_zero,
+        a_sum,
+        b_zero,
+        b_sum,
+        out_scale,
+        symmetric,
+        row_sum,
+        per_group,
     )
 
 

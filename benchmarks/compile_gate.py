@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vqvit.kernels import attention_s8, gemm_s8, gemm_s8_compensated, launch, layernorm_quantize, quantize
+from vqvit.kernels import attention_s8, gemm_s8, gemm_s8_compensated, launch, layernorm_quantize, quantize, quantize_qkv
 from vqvit.provenance import append_csv, environment
 
 
@@ -149,6 +149,15 @@ def group_cases(row: int, tensor_core: str) -> Iterator[Case]:
             call = functools.partial(linear, c, n_, k_, grouped, stored)
             yield Case(f"int8_linear {what} {tile}", call, f"{WGMMA_S8}|{MMA_S8}" if ragged else tensor_core)
 
+        def projection(c, heads):
+            operands = meta(m, k, dtype=int8), meta(m), meta(k * 3, k, dtype=int8), meta(k * 3), meta(k * 3, dtype=half)
+            with mock.patch.object(gemm_s8, "choose", lambda *_: c):
+                gemm_s8.int8_linear_qkv(*operands, 197, heads)
+
+        for head_dim in gemm_s8.HEAD_DIMS:
+            call = functools.partial(projection, c, k // head_dim)
+            yield Case(f"int8_linear_qkv groups of {head_dim} {tile}", call)
+
 
 def attention_cases() -> Iterator[Case]:
     """Each config: one pass (197 tokens of an image) and two (1568 tokens of a video clip), by head dimension."""
@@ -185,7 +194,7 @@ def row_cases() -> Iterator[Case]:
     yield Case("quantize_residual", functools.partial(quantize.quantize_residual, x, codes, meta(12608)))
     pixels = meta(64, 3, 224, 224, dtype=half)
     yield Case("patchify_quantize", functools.partial(quantize.patchify_quantize, pixels, 16, 16, meta(768)))
-    yield Case("quantize_qkv", functools.partial(quantize.quantize_qkv, meta(64, 197, 2304, dtype=half), 12))
+    yield Case("quantize_qkv", functools.partial(quantize_qkv.quantize_qkv, meta(64, 197, 2304, dtype=half), 12))
 
 
 def option_cases() -> Iterator[Case]:
@@ -243,7 +252,7 @@ def option_cases() -> Iterator[Case]:
         yield case(quantize.patchify_quantize, meta(1, channels, 28, 28), patch, patch)
     for tokens, heads, dim in ((1, 1, 1), (1568, 12, 80)):
         codes, scale = (meta(1, heads, tokens, dim, dtype=int8),) * 3, meta(1, heads, tokens)
-        yield case(quantize.quantize_qkv, meta(1, tokens, 3 * heads * dim), heads)
+        yield case(quantize_qkv.quantize_qkv, meta(1, tokens, 3 * heads * dim), heads)
         yield case(attention_s8.int8_attention, *codes, scale, scale, meta(1, heads, dim), 0.1, out_dtype=bf16)
 
 

@@ -25,8 +25,10 @@ import triton.language as tl
 
 from vqvit import numerics as contract
 from vqvit.kernels import numerics as nm
+from vqvit.kernels.gemm_s8_epilogue import epilogue
 from vqvit.kernels.launch import EXACT, INTERPRETER, Device, absent, device_of, on, row_major, vector
 from vqvit.kernels.quantize import quantize_per_token
+from vqvit.kernels.quantize_qkv import quantize_qkv, quantize_values
 
 
 @dataclass(frozen=True)
@@ -147,107 +149,6 @@ def load_k(ptrs, offs_k, k, K, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N):
-    """fma(acc, α_a α_bᵀ, bias) of fp32 accumulators; without a_scale they are multiplied by it already."""
-    scale = tl.load(b_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
-    if a_scale_ptr is not None:
-        scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None] * scale
-    if bias_ptr is not None:
-        bias = nm.to_fp32(tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0))
-        y = nm.fma(acc, scale, bias[None, :])
-    else:
-        y = acc * scale
-    return y
-
-
-@triton.jit
-def tile_ptrs(ptr, first_m, first_n, stride_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pointers to a tile: one 64-bit corner and 32-bit offsets."""
-    corner = ptr + first_m.to(tl.int64) * stride_m + first_n
-    return corner + (tl.arange(0, BLOCK_M)[:, None] * stride_m + tl.arange(0, BLOCK_N)[None, :])
-
-
-@triton.jit
-def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Left and right half of a tile's columns: a thread's registers stay its own."""
-    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _epilogue(
-    acc, out_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, a_zero_ptr, a_sum_ptr,
-    b_zero_ptr, b_sum_ptr, out_scale_ptr, row_scale_ptr, row_sum_ptr, M, N, K, stride_rm, first_m, first_n,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILE_N: tl.constexpr,
-):  # fmt: skip
-    """Finish and store the accumulators at (first_m, first_n), SUBTILE_N columns at a time to save registers."""
-    if BLOCK_N > SUBTILE_N:
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
-        _epilogue(
-            left, out_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, a_zero_ptr, a_sum_ptr,
-            b_zero_ptr, b_sum_ptr, out_scale_ptr, row_scale_ptr, row_sum_ptr, M, N, K, stride_rm, first_m, first_n,
-            ACTIVATION, BLOCK_M, BLOCK_N // 2, SUBTILE_N,
-        )  # fmt: skip
-        _epilogue(
-            right, out_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, a_zero_ptr, a_sum_ptr,
-            b_zero_ptr, b_sum_ptr, out_scale_ptr, row_scale_ptr, row_sum_ptr, M, N, K, stride_rm, first_m,
-            first_n + BLOCK_N // 2, ACTIVATION, BLOCK_M, BLOCK_N // 2, SUBTILE_N,
-        )  # fmt: skip
-    else:
-        offs_m = first_m + tl.arange(0, BLOCK_M)
-        offs_n = first_n + tl.arange(0, BLOCK_N)
-        inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-        out_ptrs = tile_ptrs(out_ptr, first_m, first_n, N, BLOCK_M, BLOCK_N)
-        if out_ptr.dtype.element_ty == tl.int32:
-            tl.store(out_ptrs, acc, mask=inside)
-        else:
-            # zero points
-            if a_zero_ptr is not None:
-                a_zero = tl.load(a_zero_ptr + offs_m, mask=offs_m < M, other=0)[:, None]
-                acc -= a_zero * tl.load(b_sum_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
-            if b_zero_ptr is not None:
-                b_zero = tl.load(b_zero_ptr + offs_n, mask=offs_n < N, other=0)[None, :]
-                acc -= tl.load(a_sum_ptr + offs_m, mask=offs_m < M, other=0)[:, None] * b_zero
-                if a_zero_ptr is not None:
-                    acc += K * a_zero * b_zero
-
-            # scales, bias, activation, layer scale, residual
-            y = scaled(acc.to(tl.float32), a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N)
-            y = nm.activation(y, ACTIVATION)
-            if layer_scale_ptr is not None:
-                layer_scale = nm.to_fp32(tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0))[None, :]
-            if residual_ptr is not None:
-                residual_ptrs = tile_ptrs(residual_ptr, first_m, first_n, stride_rm, BLOCK_M, BLOCK_N)
-                residual = nm.to_fp32(tl.load(residual_ptrs, mask=inside, other=0.0))
-                if layer_scale_ptr is not None:
-                    y = nm.fma(y, layer_scale, residual)
-                else:
-                    y = residual + y
-            elif layer_scale_ptr is not None:
-                y = y * layer_scale
-
-            # store
-            if out_ptr.dtype.element_ty == tl.int8 and out_scale_ptr is None:
-                y = tl.where(offs_n[None, :] < N, y, 0.0)
-                codes, scale = nm.quantize_rows(y, True, inside, BLOCK_N, 0.0, False)
-                groups = tl.cdiv(N, BLOCK_N)
-                tl.store(row_scale_ptr + offs_m[:, None] * groups + first_n // BLOCK_N, scale, mask=offs_m[:, None] < M)
-                tl.store(out_ptrs, codes, mask=inside)
-            elif out_ptr.dtype.element_ty == tl.int8:
-                if tl.max(nm.magnitude_bits(y)) >= nm.INF_BITS:  # rare, so that the usual tile pays one reduction
-                    _, finite = nm.row_absmax(y)
-                    rows = offs_m[:, None]
-                    tl.store(row_scale_ptr + rows, float("nan"), mask=(rows < M) & (finite == 0))
-                    y = tl.where(y == y, y, 0.0)
-                codes = nm.to_codes_static(y, tl.load(out_scale_ptr))
-                tl.store(out_ptrs, codes, mask=inside)
-                if row_sum_ptr is not None:
-                    sums = tl.sum(tl.where(inside, codes.to(tl.int32), 0), axis=1)
-                    tl.atomic_add(row_sum_ptr + offs_m, sums, mask=offs_m < M, sem="relaxed")
-            else:
-                tl.store(out_ptrs, nm.from_fp32(y, out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _int8_gemm_kernel(
     a_ptr,  # (M, K) int8
     b_ptr,  # (N, K) int8
@@ -265,9 +166,11 @@ def _int8_gemm_kernel(
     row_scale_ptr,  # (M,) fp32 for static codes, holds out_scale: rows with NaN or Inf are overwritten with NaN
     #                 (M, cdiv(N, SUBTILE_N)) fp32 for codes by group
     row_sum_ptr,  # (M,) int32 or None, holds 0
+    v_ptr,  # (M, H D) fp32 for the projection to q, k and v, whose codes are (2, B, H, S, D) with scales (2, B, H, S)
     M,
     N,
     K,
+    tokens,
     stride_am,
     stride_bn,
     stride_rm,
@@ -275,6 +178,7 @@ def _int8_gemm_kernel(
     EVEN_K: tl.constexpr,
     K_UNIT: tl.constexpr,
     GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -319,35 +223,36 @@ def _int8_gemm_kernel(
             b_ptrs += BLOCK_K
 
     # epilogue, store
-    _epilogue(
+    epilogue(
         acc, out_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, layer_scale_ptr, residual_ptr, a_zero_ptr, a_sum_ptr,
-        b_zero_ptr, b_sum_ptr, out_scale_ptr, row_scale_ptr, row_sum_ptr, M, N, K, stride_rm, first_m, first_n,
-        ACTIVATION, BLOCK_M, BLOCK_N, SUBTILE_N,
+        b_zero_ptr, b_sum_ptr, out_scale_ptr, row_scale_ptr, row_sum_ptr, v_ptr, M, N, K, tokens, stride_rm, first_m,
+        first_n, ACTIVATION, HEADS, BLOCK_M, BLOCK_N, SUBTILE_N,
     )  # fmt: skip
 
 
 def _launch(
     a, b, out, a_scale=None, b_scale=None, bias=None, activation="none", layer_scale=None, residual=None,
-    a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, row_scale=None, row_sum=None,
+    a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, row_scale=None, row_sum=None, v=None,
 ):  # fmt: skip
-    """Codes are by group if `row_scale` has a column for each."""
-    (m, k), n = a.shape, out.shape[1]
+    """Codes are by group if `row_scale` is (M, groups), by head if `out` is (2, B, H, S, D), with `v` (M, H D)."""
+    (m, k), n = a.shape, b.shape[0]
     if m == 0 or n == 0:
         return
     a, b, residual = row_major(a), row_major(b), None if residual is None else row_major(residual)
     unit = math.gcd(16, k, a.stride(0), b.stride(0))
     grouped, store_groups = a_scale is not None and a_scale.dim() == 2, row_scale is not None and row_scale.dim() == 2
-    c = choose(device_of(a), m, n, k, unit, grouped or store_groups)
+    c = choose(device_of(a), m, n, k, unit, grouped or store_groups or v is not None)
+    heads, tokens, subtile = (0, 1, contract.GROUP if store_groups else c.subtile_n) if v is None else out.shape[2:]
     vectors = (bias, layer_scale, a_zero, a_sum, b_zero, b_sum)
     bias, layer_scale, a_zero, a_sum, b_zero, b_sum = (vector(v) for v in vectors)
     strides = (a.stride(0), b.stride(0), 0 if residual is None else residual.stride(0))
     with on(a):
         _int8_gemm_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
             a, b, out, vector(a_scale), vector(b_scale), bias, layer_scale, residual, a_zero, a_sum, b_zero, b_sum,
-            out_scale, row_scale, row_sum, m, n, k, *strides,
+            out_scale, row_scale, row_sum, v, m, n, k, tokens, *strides,
             ACTIVATION=activation, EVEN_K=k % (contract.GROUP if grouped else c.block_k) == 0, K_UNIT=unit,
-            GROUP=contract.GROUP if grouped else 0, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
-            SUBTILE_N=contract.GROUP if store_groups else c.subtile_n, GROUP_M=c.group_m,
+            GROUP=contract.GROUP if grouped else 0, HEADS=heads, BLOCK_M=c.block_m, BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k, SUBTILE_N=subtile, GROUP_M=c.group_m,
             num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers, **EXACT,
         )  # fmt: skip
 
@@ -390,3 +295,21 @@ def int8_linear_quantize(
         a, b, codes, a_scale, b_scale, bias, activation, None, None, *zero_points, out_scale, row_scale, sums
     )  # fmt: skip
     return codes, row_scale, absent(a), sums if row_sum else absent(a)
+
+
+HEAD_DIMS = (32, 64, 128)
+"""Heads whose columns a tile holds whole; others take a GEMM and `quantize_qkv`."""
+
+
+def int8_linear_qkv(a, a_scale, b, b_scale, bias, tokens, num_heads, a_zero=None, a_sum=None, b_zero=None, b_sum=None):
+    m, head_dim = a.shape[0], b_scale.shape[0] // (3 * num_heads)
+    images, zero_points = m // tokens, (a_zero, a_sum, b_zero, b_sum)
+    if head_dim not in HEAD_DIMS:
+        y = int8_linear(a, a_scale, b, b_scale, bias, "none", None, None, *zero_points)
+        return quantize_qkv(y.view(images, tokens, y.shape[1]), num_heads)
+    codes = torch.empty((2, images, num_heads, tokens, head_dim), dtype=torch.int8, device=a.device)
+    scale = torch.empty((2, images, num_heads, tokens), dtype=torch.float32, device=a.device)
+    v = torch.empty((m, num_heads * head_dim), dtype=torch.float32, device=a.device)
+    _launch(a, b, codes, a_scale, b_scale, bias, "none", None, None, *zero_points, None, scale, None, v)
+    v_codes, v_scale = quantize_values(v.view(images, tokens, num_heads, head_dim))
+    return codes[0], codes[1], v_codes, scale[0], scale[1], v_scale

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from vqvit.kernels import numerics as nm
-from vqvit.kernels.gemm_s8 import GemmConfig, load_k, multiples, scaled, tile_ids
+from vqvit.kernels.gemm_s8 import GemmConfig, load_k, multiples, tile_ids
+from vqvit.kernels.gemm_s8_epilogue import scaled
 from vqvit.kernels.launch import EXACT, INTERPRETER, device_of, on, vector
 
 # Three accumulators share the registers, and four tiles the shared memory, of one.

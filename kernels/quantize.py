@@ -9,7 +9,7 @@ Shapes: x (M, K) float, any row stride, times equalizer (K,) if given -> codes (
 Grid: one program per ROWS rows of a tile (ROWS, BLOCK >= K) that stays in registers: every element is read once.
 Rows beyond MAX_TILE elements are read twice (four times with δ) in blocks, by one program each.
 Bytes: (input size + 1) · M · K; about 12 operations an element, so memory bounds it.
-`patchify_quantize` gathers its rows from images; the rows of `quantize_qkv` are tokens of q and k and channels of v.
+`patchify_quantize` gathers its rows from images.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def row_config(device: Device, m: int, k: int) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _load_rows(x_ptr, equalizer_ptr, rows, cols, stride_xm, M, K):
+def load_rows(x_ptr, equalizer_ptr, rows, cols, stride_xm, M, K):
     """The tile x[rows, cols] · equalizer in fp32, 0 outside (M, K)."""
     inside = (rows[:, None] < M) & (cols[None, :] < K)
     x = nm.to_fp32(tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_xm + cols[None, :], mask=inside, other=0.0))
@@ -60,7 +60,7 @@ def _load_rows(x_ptr, equalizer_ptr, rows, cols, stride_xm, M, K):
 
 
 @triton.jit
-def _store_rows(codes, codes_ptr, rows, cols, M, K):
+def store_rows(codes, codes_ptr, rows, cols, M, K):
     """codes[rows, cols] into a contiguous (M, K)."""
     inside = (rows[:, None] < M) & (cols[None, :] < K)
     tl.store(codes_ptr + rows[:, None].to(tl.int64) * K + cols[None, :], codes, mask=inside)
@@ -96,7 +96,7 @@ def _quantize_kernel(
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
-    x = _load_rows(x_ptr, equalizer_ptr, rows, cols, stride_xm, M, K)
+    x = load_rows(x_ptr, equalizer_ptr, rows, cols, stride_xm, M, K)
 
     if static_scale_ptr is not None:
         codes, scale = nm.quantize_rows_static(x, tl.load(static_scale_ptr))
@@ -108,7 +108,7 @@ def _quantize_kernel(
         codes, scale = nm.quantize_rows(x, True, cols[None, :] < K, K, delta, HAS_DELTA)
 
     store_per_row(scale_ptr, scale, rows, M)
-    _store_rows(codes, codes_ptr, rows, cols, M, K)
+    store_rows(codes, codes_ptr, rows, cols, M, K)
     if row_sum_ptr is not None:
         store_per_row(row_sum_ptr, row_sum(codes), rows, M)
 
@@ -136,7 +136,7 @@ def _quantize_long_kernel(
     low = tl.zeros((1, 1), tl.float32)
     high = tl.zeros((1, 1), tl.float32)
     for start in range(0, K, BLOCK):
-        x = _load_rows(x_ptr, equalizer_ptr, row, start + cols, stride_xm, M, K)
+        x = load_rows(x_ptr, equalizer_ptr, row, start + cols, stride_xm, M, K)
         bits = tl.maximum(bits, tl.max(nm.magnitude_bits(x), axis=1)[:, None])
         low = tl.minimum(low, tl.min(x, axis=1)[:, None])
         high = tl.maximum(high, tl.max(x, axis=1)[:, None])
@@ -147,12 +147,12 @@ def _quantize_long_kernel(
         exponent = nm.grid_exponent(span)
         total = tl.zeros((1, 1), tl.int64)
         for start in range(0, K, BLOCK):
-            x = _load_rows(x_ptr, equalizer_ptr, row, start + cols, stride_xm, M, K)
+            x = load_rows(x_ptr, equalizer_ptr, row, start + cols, stride_xm, M, K)
             total += nm.grid_sum(tl.where(finite, x, 0.0), exponent, 1)
         mean = nm.grid_mean(total, exponent, K, 1)
         total = tl.zeros((1, 1), tl.int64)
         for start in range(0, K, BLOCK):
-            x = _load_rows(x_ptr, equalizer_ptr, row, start + cols, stride_xm, M, K)
+            x = load_rows(x_ptr, equalizer_ptr, row, start + cols, stride_xm, M, K)
             inside = finite & ((start + cols)[None, :] < K)
             total += nm.grid_sum(tl.where(inside, x - mean, 0.0), exponent, 2)
         span = nm.fma(tl.sqrt_rn(nm.grid_mean(total, exponent, K, 2)), delta, span)
@@ -170,13 +170,13 @@ def _quantize_long_kernel(
 
     total_codes = tl.zeros((1, 1), tl.int32)
     for start in range(0, K, BLOCK):
-        x = _load_rows(x_ptr, equalizer_ptr, row, start + cols, stride_xm, M, K)
+        x = load_rows(x_ptr, equalizer_ptr, row, start + cols, stride_xm, M, K)
         if zero_point_ptr is not None:
             codes = nm.to_codes_asymmetric(tl.where(finite, x, 0.0), scale, zero_point)
             codes = tl.where((start + cols)[None, :] < K, codes, 0)
         else:
             codes = nm.to_codes(x, divisor)
-        _store_rows(codes, codes_ptr, row, start + cols, M, K)
+        store_rows(codes, codes_ptr, row, start + cols, M, K)
         total_codes += row_sum(codes)
     if row_sum_ptr is not None:
         store_per_row(row_sum_ptr, total_codes, row, M)
@@ -195,11 +195,11 @@ def _quantize_residual_kernel(
 ):
     row = tl.program_id(0) + tl.arange(0, 1)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = _load_rows(x_ptr, None, row, cols, stride_xm, M, K)
+    x = load_rows(x_ptr, None, row, cols, stride_xm, M, K)
     scale = tl.load(scale_ptr + row)[:, None]
     codes = tl.load(codes_ptr + row[:, None].to(tl.int64) * K + cols[None, :], mask=cols[None, :] < K, other=0)
     remainder = x - scale * codes.to(tl.float32)
-    _store_rows(nm.to_codes(remainder * nm.RESIDUAL_STEPS, scale), residual_ptr, row, cols, M, K)
+    store_rows(nm.to_codes(remainder * nm.RESIDUAL_STEPS, scale), residual_ptr, row, cols, M, K)
 
 
 @triton.jit
@@ -236,88 +236,7 @@ def _patchify_quantize_kernel(
 
     codes, scale = nm.quantize_rows(x, True, inside, K, 0.0, False)
     store_per_row(scale_ptr, scale, rows, M)
-    _store_rows(codes, codes_ptr, rows, cols, M, K)
-
-
-@triton.jit
-def _quantize_tokens(x_ptr, codes_ptr, scale_ptr, start, stride_s, S, D, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start ... start + BLOCK_S of one head's q or k."""
-    rows = start + tl.arange(0, BLOCK_S)
-    cols = tl.arange(0, BLOCK_D)
-    x = _load_rows(x_ptr, None, rows, cols, stride_s, S, D)
-    codes, scale = nm.quantize_rows(x, True, cols[None, :] < D, D, 0.0, False)
-    store_per_row(scale_ptr, scale, rows, S)
-    _store_rows(codes, codes_ptr, rows, cols, S, D)
-
-
-@triton.jit
-def _load_channels(x_ptr, channels, tokens, stride_s, S, D):
-    """The tile x[tokens, channels] of one head with channels as rows, in fp32."""
-    ptrs = x_ptr + channels[:, None] + tokens[None, :].to(tl.int64) * stride_s
-    return nm.to_fp32(tl.load(ptrs, mask=(channels[:, None] < D) & (tokens[None, :] < S), other=0.0))
-
-
-@triton.jit
-def _quantize_channels(
-    x_ptr, codes_ptr, scale_ptr, start, stride_s, S, D, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """BLOCK_C channels of one head's v over all tokens: a pass for the ranges, a pass for the codes."""
-    channels = start + tl.arange(0, BLOCK_C)
-    bits = tl.zeros((BLOCK_C, 1), tl.int32)
-    for first in range(0, S, BLOCK_S):
-        x = _load_channels(x_ptr, channels, first + tl.arange(0, BLOCK_S), stride_s, S, D)
-        bits = tl.maximum(bits, tl.max(nm.magnitude_bits(x), axis=1)[:, None])
-    finite = bits < nm.INF_BITS
-    absmax = tl.where(finite, bits, 0).to(tl.float32, bitcast=True)
-    scale = tl.where(finite, nm.scale_of(absmax, nm.QMAX), float("nan"))
-    store_per_row(scale_ptr, scale, channels, D)
-    for first in range(0, S, BLOCK_S):
-        tokens = first + tl.arange(0, BLOCK_S)
-        x = _load_channels(x_ptr, channels, tokens, stride_s, S, D)
-        codes = nm.to_codes_in_range(tl.where(finite, x, 0.0), scale)
-        inside = (channels[:, None] < D) & (tokens[None, :] < S)
-        tl.store(codes_ptr + tokens[None, :] * D + channels[:, None], codes, mask=inside)
-
-
-@triton.jit
-def _quantize_qkv_kernel(
-    qkv_ptr,  # (B, S, 3 H D) float
-    q_ptr,  # (B, H, S, D) int8
-    k_ptr,  # (B, H, S, D) int8
-    v_ptr,  # (B, H, S, D) int8
-    q_scale_ptr,  # (B, H, S) fp32
-    k_scale_ptr,  # (B, H, S) fp32
-    v_scale_ptr,  # (B, H, D) fp32
-    H,
-    S,
-    D,
-    stride_b,
-    stride_s,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    # program ids: (head of an image; token blocks of q, then of k, then channel blocks of v)
-    head = tl.program_id(0)
-    block = tl.program_id(1)
-    token_blocks = tl.cdiv(S, BLOCK_S)
-    qkv_ptr += (head // H).to(tl.int64) * stride_b + (head % H) * D
-    offset = head.to(tl.int64) * S * D
-
-    if block < token_blocks:
-        _quantize_tokens(
-            qkv_ptr, q_ptr + offset, q_scale_ptr + head * S, block * BLOCK_S, stride_s, S, D, BLOCK_S, BLOCK_D
-        )
-    elif block < 2 * token_blocks:
-        start = (block - token_blocks) * BLOCK_S
-        _quantize_tokens(
-            qkv_ptr + H * D, k_ptr + offset, k_scale_ptr + head * S, start, stride_s, S, D, BLOCK_S, BLOCK_D
-        )
-    else:
-        start = (block - 2 * token_blocks) * BLOCK_C
-        _quantize_channels(
-            qkv_ptr + 2 * H * D, v_ptr + offset, v_scale_ptr + head * D, start, stride_s, S, D, BLOCK_S, BLOCK_C
-        )
+    store_rows(codes, codes_ptr, rows, cols, M, K)
 
 
 def _quantize(x, delta, equalizer, static_scale, symmetric, row_sum):
@@ -399,27 +318,3 @@ def patchify_quantize(pixels, patch_height, patch_width, equalizer=None):
             PATCH_H=patch_height, PATCH_W=patch_width, ROWS=rows, BLOCK=block, num_warps=num_warps, **EXACT,
         )  # fmt: skip
     return codes, scale
-
-
-QKV_TILE = 4096  # elements of a tile: 32 registers a thread with 4 warps
-QKV_CHANNELS = 16  # channels of v in a program: whole 32-byte sectors of half precision
-
-
-def quantize_qkv(qkv, num_heads):
-    batch, tokens, width = qkv.shape
-    dim = width // (3 * num_heads)
-    qkv = row_major(qkv)
-    codes = [torch.empty((batch, num_heads, tokens, dim), dtype=torch.int8, device=qkv.device) for _ in range(3)]
-    q_scale = torch.empty((batch, num_heads, tokens), dtype=torch.float32, device=qkv.device)
-    k_scale = torch.empty_like(q_scale)
-    v_scale = torch.empty((batch, num_heads, dim), dtype=torch.float32, device=qkv.device)
-    if batch:
-        block_d = triton.next_power_of_2(dim)
-        block_s = max(16, QKV_TILE // block_d)
-        grid = (batch * num_heads, 2 * triton.cdiv(tokens, block_s) + triton.cdiv(dim, QKV_CHANNELS))
-        with on(qkv):
-            _quantize_qkv_kernel[grid](
-                qkv, *codes, q_scale, k_scale, v_scale, num_heads, tokens, dim, qkv.stride(0), qkv.stride(1),
-                BLOCK_S=block_s, BLOCK_D=block_d, BLOCK_C=QKV_CHANNELS, num_warps=4, **EXACT,
-            )  # fmt: skip
-    return *codes, q_scale, k_scale, v_scale

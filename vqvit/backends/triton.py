@@ -121,9 +121,10 @@ def int8_linear_quantize(
 
 
 def int8_linear_qkv(a, a_scale, b, b_scale, bias, tokens, num_heads, a_zero=None, a_sum=None, b_zero=None, b_sum=None):
-    zero_points = (a_zero, a_sum, b_zero, b_sum)
-    y = int8_linear(a, a_scale, b, b_scale, bias, "none", None, None, *zero_points)
-    return quantize_qkv(y.view(-1, tokens, y.shape[-1]), num_heads)
+    b = _unpacked(b, b_scale, a)
+    return _kernels("gemm_s8").int8_linear_qkv(
+        a, a_scale, b, b_scale, bias, tokens, num_heads, a_zero, a_sum, b_zero, b_sum
+    )
 
 
 def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
@@ -144,7 +145,7 @@ def int8_linear_compensated(
 
 
 def quantize_qkv(qkv, num_heads):
-    return _kernels("quantize").quantize_qkv(qkv, num_heads)
+    return _kernels("quantize_qkv").quantize_qkv(qkv, num_heads)
 
 
 def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch.float32):

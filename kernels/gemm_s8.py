@@ -80,12 +80,12 @@ RAGGED_CONFIG = GemmConfig(64, 64, 64, 4, 3, ctas=2)
 # tile of 256 columns, and registers for one or two blocks.
 GROUP_CONFIGS = {
     90: (GemmConfig(128, 128, 128, 8, 3, ctas=1), GemmConfig(64, 128, 128, 4, 3, ctas=2)),
-    86: (GemmConfig(128, 128, 64, 8, 3, ctas=1), GemmConfig(64, 128, 64, 4, 4, ctas=2)),
+    86: (GemmConfig(128, 128, 64, 8, 3, ctas=1), GemmConfig(64, 128, 64, 4, 3, ctas=2)),
     80: (GemmConfig(128, 128, 64, 8, 4, ctas=1), GemmConfig(64, 128, 64, 4, 4, ctas=2)),
     INTERPRETER: (GemmConfig(64, 128, 64, 4, 1, ctas=1),),
 }
 
-RAGGED_GROUP_CONFIG = GemmConfig(64, 128, 64, 4, 3, ctas=2)
+RAGGED_GROUP_CONFIG = GemmConfig(64, 128, 64, 8, 3, ctas=1)
 
 
 # A roofline of one multiprocessor of the H200, to compare tiles with. The epilogue's operations are counted in SASS; L2

@@ -18,6 +18,9 @@ from vqvit.kernels import attention_s8, gemm_s8, launch, quantize
 from vqvit.kernels import numerics as device_nm
 
 CONFIGS = {f"sm_{arch}-{c.block_m}x{c.block_n}": c for arch in (80, 90) for c in gemm_s8.GEMM_CONFIGS[arch]}
+GROUP_CONFIGS = {
+    f"sm_{arch}-{c.block_m}x{c.block_n}": c for arch in (80, 86, 90) for c in gemm_s8.GROUP_CONFIGS[arch]
+} | {"ragged": gemm_s8.RAGGED_GROUP_CONFIG}
 H200 = launch.Device(arch=90, sms=132)
 
 
@@ -39,8 +42,38 @@ def test_every_gemm_tile_gives_the_same_bits(monkeypatch, config, static):
     else:
         arguments = (*operands, "none", torch.randn(n), torch.randn(m, n))
         received, expected = ((f.int8_linear(*arguments),) for f in (backend, reference))
+    assert_same_bits(received, expected)
+
+
+def assert_same_bits(received, expected):
     for got, want in zip(received, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("config", GROUP_CONFIGS.values(), ids=GROUP_CONFIGS)
+@pytest.mark.parametrize("k", [256, 136], ids=["whole_groups", "short_group"])
+def test_every_group_tile_gives_the_same_bits(monkeypatch, config, k):
+    monkeypatch.setattr(gemm_s8, "choose", lambda *_: config)
+    m, n = 70, 260
+    a_scale = torch.rand(m, 2) * 1e-3
+    a_scale[3, 0] = torch.nan
+    operands = codes(m, k), a_scale, codes(n, k), torch.rand(n), torch.randn(n)
+    stored = (*operands, "gelu", None, None, None, None, None, True, False, True)
+    assert_same_bits(*(f.int8_linear_quantize(*stored) for f in (backend, reference)))
+    residual = (*operands, "none", torch.randn(n), torch.randn(m, n))
+    assert_same_bits(*((f.int8_linear(*residual),) for f in (backend, reference)))
+
+
+@pytest.mark.parametrize("config", GROUP_CONFIGS.values(), ids=GROUP_CONFIGS)
+@pytest.mark.parametrize("head_dim", gemm_s8.HEAD_DIMS)
+def test_every_projection_tile_gives_the_same_bits(monkeypatch, config, head_dim):
+    monkeypatch.setattr(gemm_s8, "choose", lambda *_: config)
+    tokens, heads, k = 17, 2, 140
+    n = 3 * heads * head_dim
+    a_scale = torch.rand(2 * tokens) * 1e-3
+    a_scale[4] = torch.nan
+    operands = codes(2 * tokens, k), a_scale, codes(n, k), torch.rand(n), torch.randn(n)
+    assert_same_bits(*(f.int8_linear_qkv(*operands, tokens, heads) for f in (backend, reference)))
 
 
 @pytest.mark.parametrize("dim", attention_s8.TWO_PASS_CONFIGS)

@@ -116,12 +116,17 @@ def group_cases(row: int, tensor_core: str) -> Iterator[Case]:
 
 def attention_cases() -> Iterator[Case]:
     """Each config: one pass (197 tokens of an image) and two (1568 tokens of a video clip), by head dimension."""
-    for tokens, dim in ((197, 64), (197, 80), (1568, 64), (1568, 128), (1568, 256), (197, 512)):
+    for tokens, dim in ((197, 64), (197, 80), (197, 128), (1568, 64), (1568, 128), (1568, 256), (197, 512)):
         codes, scale = (meta(8, 12, tokens, dim, dtype=torch.int8),) * 3, meta(8, 12, tokens)
         call = functools.partial(
             attention_s8.int8_attention, *codes, scale, scale, meta(8, 12, dim), 0.125, torch.float16
         )
         yield Case(f"int8_attention S={tokens} D={dim}", call, f"{WGMMA_S8}|{MMA_S8}")
+        if dim in attention_s8.GROUP_HEAD_DIMS:
+            call = functools.partial(
+                attention_s8.int8_attention_quantize, *codes, scale, scale, meta(8, 12, dim), 0.125
+            )
+            yield Case(f"int8_attention_quantize S={tokens} D={dim}", call, f"{WGMMA_S8}|{MMA_S8}")
 
 
 def row_cases() -> Iterator[Case]:

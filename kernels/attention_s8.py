@@ -5,9 +5,9 @@
     out[i, d] = α_v[d] · fma(Σ_j hi_ij v[j, d], 256, Σ_j lo_ij v[j, d]) / Σ_j e_ij     int8 products, a division a row
 
 Shapes: q (B, H, Sq, D), k and v (B, H, Sk, D) int8; scales q (B, H, Sq), k (B, H, Sk), v (B, H, D) -> out (B, Sq, H D).
-Grid: one program per BLOCK_M queries of a head. The codes need the true row maximum: up to ONE_PASS_KEYS keys the
-whole row of logits stays in registers, beyond them a first pass over the keys finds the maximum and a second recomputes
-the logits. Triton multiplies s8 by s8 only, so digits go in minus 128 and 128 · Σ_j v[j, d] is added back: exact.
+Grid: one program per BLOCK_M queries of a head, or of the heads of 128 columns whose codes share a scale. The codes
+need the true row maximum: up to ONE_PASS_KEYS keys the whole row of logits stays in registers, beyond them a first pass
+over the keys finds the maximum and a second recomputes the logits. Triton multiplies s8 by s8 only, so digits go in minus 128 and 128 · Σ_j v[j, d] is added back: exact.
 Masked keys have e = 0 and zero rows of v, so they add nothing. D is padded to a power of two, at least 64.
 Bytes: q, k, v and out once from DRAM; each block of queries reads its head's k and v again from L2.
 Operations: 6 Sq Sk D int8 and 24 Sq Sk fp32 for a head, most of them the degree-5 exponential: that is what bounds it.
@@ -23,7 +23,8 @@ import triton.language as tl
 
 from vqvit import numerics as contract
 from vqvit.kernels import numerics as nm
-from vqvit.kernels.launch import EXACT, on
+from vqvit.kernels.launch import EXACT, device_of, on
+from vqvit.kernels.quantize import quantize_per_group
 
 # p + CODE_MAGIC rounds p to e; its bits are CODE_BITS + e, and the low byte of bits is lo - 128, that of
 # (bits + 128) >> 8 is hi - 128.
@@ -88,29 +89,11 @@ def _numerators(logits, row_max):
 
 
 @triton.jit
-def _int8_attention_kernel(
-    q_ptr,  # (B, H, SQ, D) int8
-    k_ptr,  # (B, H, SK, D) int8
-    v_ptr,  # (B, H, SK, D) int8
-    q_scale_ptr,  # (B, H, SQ) fp32
-    k_scale_ptr,  # (B, H, SK) fp32
-    v_scale_ptr,  # (B, H, D) fp32
-    out_ptr,  # (B, SQ, H, D) float
-    sm_scale_log2,  # sm_scale · log2 e
-    H,
-    SQ,
-    SK,
-    D,
-    ONE_PASS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # program ids: neighbours share a head's keys
-    tiles = tl.cdiv(SQ, BLOCK_M)
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    queries = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-
+def _attend(
+    q_ptr, k_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, sm_scale_log2, head, queries, SQ, SK, D,
+    ONE_PASS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """fp32 output (BLOCK_M, BLOCK_D) of the queries of one head, `head` counted over the batch."""
     # offsets
     dims = tl.arange(0, BLOCK_D)
     k_ptr += head * SK * D
@@ -120,7 +103,7 @@ def _int8_attention_kernel(
     q_scale = tl.load(q_scale_ptr + head * SQ + queries, mask=queries < SQ, other=0.0)
     row_factor = (q_scale * sm_scale_log2)[:, None]
 
-    # main loop
+    # logits, codes, values
     if ONE_PASS:
         logits = _logits(q, row_factor, k_ptr, k_scale_ptr, 0, SK, D, BLOCK_N, BLOCK_D)
         high, low, total, poison = _numerators(logits, tl.max(logits, axis=1)[:, None])
@@ -148,18 +131,104 @@ def _int8_attention_kernel(
             total += block_total
             poison += block_poison
 
-    # epilogue
+    # digits, quotient
     v_scale = tl.load(v_scale_ptr + head * D + dims, mask=dims < D, other=0.0)
     high_sum = (high_acc + 128 * v_sum[None, :]).to(tl.float32)
     low_sum = (low_acc + 128 * v_sum[None, :]).to(tl.float32)
     inverse = tl.div_rn(1.0, total.to(tl.float32) + poison)
-    out = (nm.fma(high_sum, nm.P_BASE, low_sum) * inverse[:, None]) * v_scale[None, :]
+    return (nm.fma(high_sum, nm.P_BASE, low_sum) * inverse[:, None]) * v_scale[None, :]
+
+
+@triton.jit
+def _int8_attention_kernel(
+    q_ptr,  # (B, H, SQ, D) int8
+    k_ptr,  # (B, H, SK, D) int8
+    v_ptr,  # (B, H, SK, D) int8
+    q_scale_ptr,  # (B, H, SQ) fp32
+    k_scale_ptr,  # (B, H, SK) fp32
+    v_scale_ptr,  # (B, H, D) fp32
+    out_ptr,  # (B, SQ, H, D) float
+    sm_scale_log2,  # sm_scale · log2 e
+    H,
+    SQ,
+    SK,
+    D,
+    ONE_PASS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # program ids: neighbours share a head's keys
+    tiles = tl.cdiv(SQ, BLOCK_M)
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    queries = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+
+    out = _attend(
+        q_ptr, k_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, sm_scale_log2, head, queries, SQ, SK, D,
+        ONE_PASS, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
 
     # store
+    dims = tl.arange(0, BLOCK_D)
     row = (head // H) * SQ + queries
     out_ptrs = out_ptr + (row * H + head % H)[:, None] * D + dims[None, :]
     inside = (queries[:, None] < SQ) & (dims[None, :] < D)
     tl.store(out_ptrs, nm.from_fp32(out, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _int8_attention_quantize_kernel(
+    q_ptr,  # (B, H, SQ, D) int8
+    k_ptr,  # (B, H, SK, D) int8
+    v_ptr,  # (B, H, SK, D) int8
+    q_scale_ptr,  # (B, H, SQ) fp32
+    k_scale_ptr,  # (B, H, SK) fp32
+    v_scale_ptr,  # (B, H, D) fp32
+    codes_ptr,  # (B, SQ, H, D) int8
+    scale_ptr,  # (B, SQ, cdiv(H D, GROUP)) fp32
+    sm_scale_log2,  # sm_scale · log2 e
+    H,
+    SQ,
+    SK,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # program ids: a group is one head, or two, of which the last may not exist
+    tiles = tl.cdiv(SQ, BLOCK_M)
+    groups = tl.cdiv(H * D, GROUP)
+    image = (tl.program_id(0) // tiles // groups).to(tl.int64)
+    group = tl.program_id(0) // tiles % groups
+    head = group * GROUP // D
+    queries = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+
+    # heads: of a pair in a loop, since unrolled ones are scheduled into each other and spill
+    if D == GROUP:
+        out = _attend(
+            q_ptr, k_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, sm_scale_log2, image * H + head, queries,
+            SQ, SK, D, ONE_PASS, BLOCK_M, BLOCK_N, D,
+        )  # fmt: skip
+    else:
+        first = tl.zeros((BLOCK_M, D), tl.float32)
+        second = tl.zeros((BLOCK_M, D), tl.float32)
+        last = tl.minimum(head + 1, H - 1)
+        for i in tl.range(0, last - head + 1, num_stages=1):
+            second = first
+            first = _attend(
+                q_ptr, k_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, sm_scale_log2, image * H + last - i,
+                queries, SQ, SK, D, ONE_PASS, BLOCK_M, BLOCK_N, D,
+            )  # fmt: skip
+        out = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (BLOCK_M, GROUP))
+
+    # store
+    columns = group * GROUP + tl.arange(0, GROUP)
+    inside = (queries[:, None] < SQ) & (columns[None, :] < H * D)
+    codes, scale = nm.quantize_rows(out, True, inside, GROUP, 0.0, False)
+    row = (image * SQ + queries)[:, None]
+    tl.store(scale_ptr + row * groups + group, scale, mask=queries[:, None] < SQ)
+    tl.store(codes_ptr + row * H * D + columns[None, :], codes, mask=inside)
 
 
 def choose(head_dim: int, keys: int) -> tuple[AttentionConfig, bool, int]:
@@ -184,3 +253,29 @@ def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch
             num_warps=c.num_warps, num_stages=c.num_stages, **EXACT,
         )  # fmt: skip
     return out
+
+
+GROUP_HEAD_DIMS = (64, 128)
+"""Heads that fill a group of columns, in pairs or alone."""
+
+
+def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
+    batch, heads, queries, dim = q.shape
+    c, one_pass, block_n = choose(dim, k.shape[2])
+    groups = triton.cdiv(heads * dim, contract.GROUP)
+    programs = triton.cdiv(queries, c.block_m) * batch * groups
+    # Two launches where one would leave multiprocessors idle, and for pairs in two passes: their registers, the first
+    # head waiting beside the second, let one block onto a multiprocessor instead of two.
+    one_launch = dim in GROUP_HEAD_DIMS and (one_pass or dim == contract.GROUP)
+    if not one_launch or programs < device_of(q).sms:
+        return quantize_per_group(int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale).flatten(0, 1))
+    codes = torch.empty((batch * queries, heads * dim), dtype=torch.int8, device=q.device)
+    scale = torch.empty((batch * queries, groups), dtype=torch.float32, device=q.device)
+    operands = (t.contiguous() for t in (q, k, v, q_scale, k_scale, v_scale))
+    with on(q):
+        _int8_attention_quantize_kernel[(programs,)](
+            *operands, codes, scale, sm_scale * contract.LOG2_E, heads, queries, k.shape[2], dim,
+            GROUP=contract.GROUP, ONE_PASS=one_pass, BLOCK_M=c.block_m, BLOCK_N=block_n,
+            num_warps=c.num_warps, num_stages=c.num_stages, **EXACT,
+        )  # fmt: skip
+    return codes, scale

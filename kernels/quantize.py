@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vqvit import numerics as contract
 from vqvit.kernels import numerics as nm
 from vqvit.kernels.launch import EXACT, INTERPRETER, Device, absent, device_of, on, row_major, vector
 
@@ -270,6 +271,13 @@ def _quantize(x, delta, equalizer, static_scale, symmetric, row_sum):
 def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=False):
     codes, scale, zero_point, sums = _quantize(x, delta, equalizer, None, symmetric, row_sum)
     return codes, scale, absent(x) if symmetric else zero_point, sums if row_sum else absent(x)
+
+
+def quantize_per_group(x, equalizer=None):
+    k = x.shape[-1]
+    groups = contract.groups(x if equalizer is None else x.float() * equalizer)
+    codes, scale, _, _ = quantize_per_token(groups)
+    return codes.flatten(-2)[..., :k].contiguous(), scale
 
 
 def quantize_static(x, scale, equalizer=None, row_sum=False):

@@ -365,6 +365,9 @@ CASES = {
         "odd": partial(attention, 2, 1, 7, 13, 11),
         "no_image": partial(attention, 0, 2, 4, 4, 16),
         **{f"poisoned_{side}": partial(attention, 1, 2, 9, 9, 16, side) for side in "qkv"},
+        **{f"poisoned_{side}_of_pair": partial(attention, 1, 3, 9, 9, 64, side) for side in "qkv"},
+        "poisoned_v_128": partial(attention, 1, 2, 9, 300, 128, "v"),
+        "no_image_of_pairs": partial(attention, 0, 2, 4, 4, 64),
     },
     "pack_weight": {name: lambda s=s: (codes(s[2], s[1]),) for name, s in GEMM_SHAPES.items()},
     "unpack_weight": {

@@ -84,6 +84,17 @@ def test_every_two_pass_attention_tile_gives_the_same_bits(monkeypatch, dim):
     assert torch.equal(backend.int8_attention(*arguments), reference.int8_attention(*arguments))
 
 
+@pytest.mark.parametrize(("dim", "heads"), [(64, 3), (128, 2)])
+@pytest.mark.parametrize("sms", [1, 10**6], ids=["one_launch", "two_launches"])
+@pytest.mark.parametrize("one_pass_keys", [0, 256], ids=["two_passes", "one_pass"])
+def test_attention_codes_are_the_same_in_one_launch_and_two(monkeypatch, dim, heads, sms, one_pass_keys):
+    monkeypatch.setattr(attention_s8, "ONE_PASS_KEYS", one_pass_keys)
+    monkeypatch.setattr(attention_s8, "device_of", lambda tensor: launch.Device(launch.INTERPRETER, sms))
+    q, k, v = codes(2, heads, 5, dim), codes(2, heads, 70, dim), codes(2, heads, 70, dim)
+    scales = torch.rand(2, heads, 5) * 0.02, torch.rand(2, heads, 70) * 0.02, torch.rand(2, heads, dim)
+    assert_same_bits(*(f.int8_attention_quantize(q, k, v, *scales, dim**-0.5) for f in (backend, reference)))
+
+
 @pytest.mark.parametrize("device", [H200, launch.Device(arch=80, sms=1)], ids=["few_rows", "many_rows"])
 def test_row_tiles_give_the_same_bits(monkeypatch, device):
     monkeypatch.setattr(quantize, "device_of", lambda tensor: device)

@@ -11,7 +11,6 @@ from types import ModuleType
 
 import torch
 
-from vqvit import numerics as nm
 from vqvit import reference
 from vqvit.reference import pack_weight, unpack_weight  # noqa: F401  (a layout for CPUs: one implementation)
 
@@ -56,10 +55,7 @@ def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=Fal
 
 
 def quantize_per_group(x, equalizer=None):
-    k = x.shape[-1]
-    groups = nm.groups(x if equalizer is None else x.float() * equalizer)
-    codes, scale, _, _ = quantize_per_token(groups)
-    return codes.flatten(-2)[..., :k].contiguous(), scale
+    return _kernels("quantize").quantize_per_group(x, equalizer)
 
 
 def quantize_static(x, scale, equalizer=None, row_sum=False):
@@ -128,7 +124,7 @@ def int8_linear_qkv(a, a_scale, b, b_scale, bias, tokens, num_heads, a_zero=None
 
 
 def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
-    return quantize_per_group(int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale).flatten(0, 1))
+    return _kernels("attention_s8").int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale)
 
 
 def quantize_residual(x, codes, scale):

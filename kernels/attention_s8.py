@@ -7,7 +7,8 @@
 Shapes: q (B, H, Sq, D), k and v (B, H, Sk, D) int8; scales q (B, H, Sq), k (B, H, Sk), v (B, H, D) -> out (B, Sq, H D).
 Grid: one program per BLOCK_M queries of a head, or of the heads of 128 columns whose codes share a scale. The codes
 need the true row maximum: up to ONE_PASS_KEYS keys the whole row of logits stays in registers, beyond them a first pass
-over the keys finds the maximum and a second recomputes the logits. Triton multiplies s8 by s8 only, so digits go in minus 128 and 128 · Σ_j v[j, d] is added back: exact.
+over the keys finds the maximum and a second recomputes the logits. Triton multiplies s8 by s8 only, so digits go in
+minus 128 and 128 · Σ_j v[j, d] is added back: exact.
 Masked keys have e = 0 and zero rows of v, so they add nothing. D is padded to a power of two, at least 64.
 Bytes: q, k, v and out once from DRAM; each block of queries reads its head's k and v again from L2.
 Operations: 6 Sq Sk D int8 and 24 Sq Sk fp32 for a head, most of them the degree-5 exponential: that is what bounds it.
@@ -264,8 +265,8 @@ def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
     c, one_pass, block_n = choose(dim, k.shape[2])
     groups = triton.cdiv(heads * dim, contract.GROUP)
     programs = triton.cdiv(queries, c.block_m) * batch * groups
-    # Two launches where one would leave multiprocessors idle, and for pairs in two passes: their registers, the first
-    # head waiting beside the second, let one block onto a multiprocessor instead of two.
+    # Two launches where one would leave multiprocessors idle, and for pairs in two passes, which spill at 4 warps and
+    # at 8 take every register of a multiprocessor for one block.
     one_launch = dim in GROUP_HEAD_DIMS and (one_pass or dim == contract.GROUP)
     if not one_launch or programs < device_of(q).sms:
         return quantize_per_group(int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale).flatten(0, 1))

@@ -2,11 +2,16 @@
 
 import contextlib
 import functools
+import logging
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
+
+from vqvit.backends.triton import CONFIG_ROWS, config_row, support
+
+logger = logging.getLogger("vqvit")
 
 EXACT = {"enable_fp_fusion": False}
 """Compiler options of every launch: the contract spells out each fused multiply-add (see `kernels/numerics.py`)."""
@@ -25,10 +30,12 @@ class Device:
 
 @functools.cache
 def cuda_device(index: int | None) -> Device:
-    """The config row of a CUDA device. Parts without a row of their own use the one of least shared memory, 86."""
+    """The config row of a CUDA device; a part newer than the tables is told of once."""
     properties = torch.cuda.get_device_properties(index)
-    arch = {(9, 0): 90, (8, 0): 80, (8, 7): 80, (10, 0): 80, (10, 3): 80}.get((properties.major, properties.minor), 86)
-    return Device(arch, properties.multi_processor_count)
+    capability = properties.major, properties.minor
+    if capability not in CONFIG_ROWS:
+        logger.warning("%s: %s", properties.name, support(capability))
+    return Device(config_row(capability), properties.multi_processor_count)
 
 
 def device_of(tensor: Tensor) -> Device:

@@ -3,6 +3,8 @@
 Everything runs in Triton's interpreter (see conftest); parity of the ops themselves is tested in test_ops_parity.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -139,3 +141,22 @@ def test_backend_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "CUDA" in backend.unavailable()
     assert backend.device_types() == ("cuda",)
+
+
+@pytest.mark.parametrize(
+    ("capability", "row", "warned"),
+    [((8, 9), 86, False), ((9, 0), 90, False), ((10, 0), 80, True), ((12, 0), 86, True)],
+)
+def test_devices_newer_than_the_tables_are_told_of(monkeypatch, caplog, capability, row, warned):
+    major, minor = capability
+    part = SimpleNamespace(name="a GPU", major=major, minor=minor, multi_processor_count=100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: part)
+    assert launch.cuda_device.__wrapped__(0) == launch.Device(row, 100)
+    assert (f"sm_{major}{minor} is newer" in caplog.text) is warned
+
+
+def test_devices_without_int8_mma_are_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "sm_75 is not supported" in backend.unavailable() and "8.0" in backend.unavailable()

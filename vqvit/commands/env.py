@@ -12,7 +12,7 @@ def run(arguments: argparse.Namespace) -> dict:
     import torch
 
     from vqvit import backends, provenance
-    from vqvit.backends import cpu
+    from vqvit.backends import cpu, triton
 
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return {
@@ -23,6 +23,9 @@ def run(arguments: argparse.Namespace) -> dict:
             for d in devices
         ],
         "cpu_kernels": [] if cpu.unavailable() else list(cpu.available_isas()),
+        "gpu_support": [
+            triton.support(torch.cuda.get_device_capability(index)) for index in range(torch.cuda.device_count())
+        ],
         "backends": [{"name": name, "unavailable": backends.unavailable(name)} for name in backends.NAMES],
     }
 
@@ -31,7 +34,7 @@ def to_text(result: dict) -> str:
     from vqvit.report import text_table
 
     shown = [
-        [key, " ".join(value) if isinstance(value, list) else str(value if value is not None else "–")]
+        [key, ", ".join(value) or "–" if isinstance(value, list) else str(value if value is not None else "–")]
         for key, value in result.items()
         if key not in ("devices", "backends", "command", "date", "backend", "device")
     ]

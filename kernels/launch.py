@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vqvit.backends.triton import CONFIG_ROWS, config_row, support
+from vqvit.kernels.devices import CONFIG_ROWS, config_row, support
 
 logger = logging.getLogger("vqvit")
 

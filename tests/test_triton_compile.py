@@ -58,8 +58,9 @@ def test_as_many_blocks_share_a_multiprocessor_as_the_table_says(tables, arch):
     for c in (*gemm_s8.GEMM_CONFIGS[arch], *gemm_s8.GROUP_CONFIGS[arch]):
         tile = f"BLOCK_M={c.block_m} BLOCK_N={c.block_n} BLOCK_K={c.block_k}"
         groups = c in gemm_s8.GROUP_CONFIGS[arch]
-        compiled = [r for r in tables[arch] if tile in r["config"] and ("group" in r["case"]) == groups]
-        compiled = [r for r in compiled if r["kernel"] == "int8_gemm_kernel"]
+        compiled = [r for r in tables[arch] if tile in r["config"] and r["kernel"] == "int8_gemm_kernel"]
+        compiled = [r for r in compiled if ("group" in r["case"] or "qkv" in r["case"]) == groups]
+        compiled = [r for r in compiled if int(r["num_warps"]) == c.num_warps]
         assert compiled, f"{tile} was not compiled"
         assert all(int(r["ctas_per_sm"]) >= c.ctas for r in compiled), tile
 

@@ -12,7 +12,8 @@ def run(arguments: argparse.Namespace) -> dict:
     import torch
 
     from vqvit import backends, provenance
-    from vqvit.backends import cpu, triton
+    from vqvit.backends import cpu
+    from vqvit.kernels import devices as gpus
 
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return {
@@ -24,7 +25,7 @@ def run(arguments: argparse.Namespace) -> dict:
         ],
         "cpu_kernels": [] if cpu.unavailable() else list(cpu.available_isas()),
         "gpu_support": [
-            triton.support(torch.cuda.get_device_capability(index)) for index in range(torch.cuda.device_count())
+            gpus.support(torch.cuda.get_device_capability(index)) for index in range(torch.cuda.device_count())
         ],
         "backends": [{"name": name, "unavailable": backends.unavailable(name)} for name in backends.NAMES],
     }

@@ -1,0 +1,29 @@
+"""Which GPUs the kernels serve, and with which row of their tables of tiles. Imports nothing, so that all can ask."""
+
+MIN_CAPABILITY = (8, 0)
+"""Triton's int8 products need the mma.sync of Ampere."""
+
+CONFIG_ROWS = {(8, 0): 80, (8, 6): 86, (8, 7): 80, (8, 9): 86, (9, 0): 90}
+"""Row of the kernels' tables of tiles, by compute capability: every entry is compiled and checked for that row."""
+
+NEWER_ROWS = {(10, 0): 80, (10, 3): 80}
+"""Newer parts with as much shared memory as sm_80. Any other newer part takes row 86, which needs the least."""
+
+
+def config_row(capability: tuple[int, int]) -> int:
+    """The row of the kernels' tables of tiles that serves a device."""
+    return CONFIG_ROWS.get(capability) or NEWER_ROWS.get(capability, 86)
+
+
+def support(capability: tuple[int, int]) -> str:
+    """What a GPU of this compute capability can expect, in words."""
+    name = f"sm_{capability[0]}{capability[1]}"
+    if capability < MIN_CAPABILITY:
+        least = "{}.{}".format(*MIN_CAPABILITY)
+        return f"{name} is not supported: the int8 kernels need compute capability {least} or later"
+    if capability in CONFIG_ROWS:
+        return f"{name}: tiles of row {config_row(capability)}"
+    return (
+        f"{name} is newer than these kernels: results are the same, but the tiles are those of"
+        f" sm_{config_row(capability)}, without the part's own tensor-core instructions; measure against half precision"
+    )

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import vqvit
-from vqvit import cli
+from vqvit import cli, guard
 
 pytest.importorskip("transformers")
 
@@ -91,6 +91,17 @@ def test_quantize_options(capsys, float_folder, images, tmp_path):
     assert {block["attention"] for block in result["plan"]["blocks"]} == {"float"}
     status, scores, _ = run(capsys, "eval", str(tmp_path / "out"), "--data", images, "--reference", float_folder)
     assert status == 0 and scores["cosine_mean"] > 0.98
+
+
+def test_quantize_leaves_float_what_int8_does_not_make_faster(capsys, monkeypatch, float_folder, tmp_path):
+    monkeypatch.setattr(guard, "SECONDS", 0.01)
+    command = ["quantize", float_folder, str(tmp_path / "out"), "--serve-batch", "2", "--min-speedup"]
+    assert run(capsys, *command, "1e9")[0] == 2
+    capsys.readouterr()
+    assert cli.main([*command, "1e9"]) == 2
+    assert "nothing stays in int8" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    status, result, _ = run(capsys, *command, "1e-9")
+    assert status == 0 and "skipped" not in {layer["status"] for layer in result["layers"]}
 
 
 def test_quantize_takes_a_plan(capsys, float_folder, quantized_folder, tmp_path):

@@ -20,6 +20,7 @@ LAYERS = (
     {"ops"},
     {"nn"},
     {"rewriter"},
+    {"guard"},
     {"calibration", "hf"},
     {"checkpoint"},
     {"engines"},

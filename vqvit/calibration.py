@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vqvit import guard
 from vqvit import numerics as nm
 from vqvit.batches import Batch, read_batch
 from vqvit.nn import QuantLinear
@@ -50,6 +51,8 @@ def quantize_(
     calibration: Iterable | None = None,
     progress: bool = False,
     keep_float: bool = False,
+    min_speedup: float | None = None,
+    sample: object = None,
 ) -> Report:
     """Replace a model's layers by integer ones, in place, and put it in eval mode.
 
@@ -60,12 +63,16 @@ def quantize_(
             `activation="static"`.
         progress: show a progress bar on stderr.
         keep_float: keep the float weights in memory, so that `restore` brings back exactly this model.
+        min_speedup: put blocks and layers back that are not this many times as fast as in float on this device, and
+            all of them if the whole model is not; the report says which, with the times. None keeps everything.
+        sample: one batch of the size that will be served, for `min_speedup`.
 
     Returns: what was replaced, skipped and why, with the plan.
 
     Raises `PlanError` if the plan does not fit, `CalibrationError` for unusable data, `ValueError` for weights that
     hold NaN or exceed the accumulator bound. After an error the model is unchanged.
     """
+    served = _read_sample(min_speedup, sample)
     if isinstance(config, Plan):
         plan, skipped = config, ()
     else:
@@ -73,14 +80,29 @@ def quantize_(
     static = [layer.name for layer in plan.layers if layer.activation == "static" and layer.tier != "fp16"]
     batches = _read_calibration(calibration, static)
     reports = apply_plan(model, plan)
+    slower = ()
     try:
         _calibrate(model, static, batches, progress)
+        if served is not None:
+            plan, slower = guard.keep_faster(model, plan, served.to(next(model.buffers()).device), min_speedup)
     except (ValueError, RuntimeError, TypeError):
         restore(model)
         raise
     if not keep_float:
         release_float(model)
-    return Report((*reports, *skipped), plan)
+    kept = {layer.name for layer in plan.layers}
+    return Report((*(r for r in reports if r.name in kept), *slower, *skipped), plan)
+
+
+def _read_sample(min_speedup: float | None, sample: object) -> Batch | None:
+    if (min_speedup is None) != (sample is None):
+        missing = "sample" if sample is None else "min_speedup"
+        raise ValueError(f"quantize_: expected min_speedup and sample together; {missing} is missing")
+    if min_speedup is None:
+        return None
+    if not min_speedup > 0:
+        raise ValueError(f"min_speedup: expected a positive number; got {min_speedup}")
+    return read_batch(sample)
 
 
 def _read_calibration(calibration: Iterable | None, static: list[str]) -> list[Batch]:

@@ -177,6 +177,25 @@ def restore(model: nn.Module, weights: dict[str, Tensor] | None = None) -> nn.Mo
     return model
 
 
+def revert(model: nn.Module, plan: Plan, names: list[str]) -> Plan:
+    """Put the float modules of some replaced blocks and layers back, which must still hold their weights.
+
+    Returns the plan of the rest, which the remaining modules carry from now on.
+    """
+    modules = dict(quantized_modules(model))
+    for name in names:
+        _swap(model, name, modules.pop(name).original[0].eval())
+    inside = tuple(f"{name}." for name in names)
+    plan = dataclasses.replace(
+        plan,
+        blocks=tuple(block for block in plan.blocks if block.name not in names),
+        layers=tuple(x for x in plan.layers if x.name not in names and not (inside and x.name.startswith(inside))),
+    )
+    for module in modules.values():
+        module.model_plan = plan
+    return plan
+
+
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:
     """The outermost replaced modules with their names."""
     outermost: list[str] = []

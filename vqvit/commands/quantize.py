@@ -30,6 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--activation", help="activation scales: per_token, per_token_asym or static")
     parser.add_argument("--attention", help="int8 or float")
     parser.add_argument("--half-dtype", help="dtype of the fp16 tier: bfloat16 or float16")
+    parser.add_argument(
+        "--min-speedup",
+        type=float,
+        metavar="X",
+        help="measure here, and leave float what is not X times as fast in int8 (default: quantize without measuring)",
+    )
+    parser.add_argument(
+        "--serve-batch", type=common.positive_int, default=1, metavar="N", help="batch size that --min-speedup measures"
+    )
     common.add_data_arguments(parser, "--calibration", False, "images for static activation scales")
     common.add_device_arguments(parser)
 
@@ -44,7 +53,12 @@ def run(arguments: argparse.Namespace) -> dict:
     batches = None
     if arguments.calibration:
         batches = common.open_data(arguments.calibration, model, arguments.source, arguments)
-    report = calibration.quantize_(model, config, batches, progress=True)
+    sample = None if arguments.min_speedup is None else _served_batch(model, arguments)
+    report = calibration.quantize_(
+        model, config, batches, progress=True, min_speedup=arguments.min_speedup, sample=sample
+    )
+    if not report.plan.layers:
+        raise ValueError(f"--min-speedup {arguments.min_speedup:g}: nothing stays in int8\n{report}")
     checkpoint.save(model, arguments.output)
     _copy_processor(Path(arguments.source), Path(arguments.output))
     before, after = engines.folder_bytes(arguments.source), engines.folder_bytes(arguments.output)
@@ -66,6 +80,19 @@ def to_text(result: dict) -> str:
     ]
     size = f"{result['source_bytes'] / 1e6:.2f} MB -> {result['bytes'] / 1e6:.2f} MB ({result['ratio']:.3f})"
     return text_table(["layer", "role", "status", "shape", "reason"], rows) + f"\n\n{result['output']}: {size}"
+
+
+def _served_batch(model, arguments: argparse.Namespace):
+    """Random images of the model's size, in its dtype: latency does not depend on values."""
+    import torch
+
+    size = arguments.image_size or common.image_size_of(model)
+    if size is None:
+        raise ValueError("--min-speedup: expected --image-size, as the model's configuration names none; got neither")
+    parameter = next(model.parameters())
+    channels = getattr(model.config, "num_channels", 3)
+    pixels = torch.randn(arguments.serve_batch, channels, size, size, generator=torch.Generator().manual_seed(0))
+    return pixels.to(parameter.dtype)
 
 
 def _configuration(arguments: argparse.Namespace):

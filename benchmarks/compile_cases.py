@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 
 from vqvit.kernels import attention_s8, gemm_s8, gemm_s8_compensated, layernorm_quantize, quantize, quantize_qkv
+from vqvit.numerics import GROUP
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,29 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def linear(c: gemm_s8.GemmConfig, n: int, k: int, grouped: bool = False, **store: object) -> None:
+    """A GEMM of 64 images of ViT-B with tiles `c`: GELU and an int8 store as `store` says, else residual and fp16."""
+    m, half, int8 = 12608, torch.float16, torch.int8
+    a_scale = meta(m, -(-k // GROUP)) if grouped else meta(m)
+    operands = meta(m, k, dtype=int8), a_scale, meta(n, k, dtype=int8), meta(n)
+    vector = meta(n, dtype=half)
+    with mock.patch.object(gemm_s8, "choose", lambda *_: c):
+        if store:
+            gemm_s8.int8_linear_quantize(*operands, vector, "gelu", **store)
+        else:
+            residual = meta(m, n, dtype=half)
+            gemm_s8.int8_linear(*operands, vector, "none", vector, residual, out_dtype=half)
+
+
 def gemm_cases(row: int, tensor_core: str) -> Iterator[Case]:
     """Each config with the lightest and the heaviest epilogues, at ViT-B's fc1 and fc2 for 64 images."""
     m, k, n = 12608, 768, 3072
     half, int8 = torch.float16, torch.int8
     for c in gemm_s8.GEMM_CONFIGS[row]:
         tile = f"{c.block_m}x{c.block_n}x{c.block_k}"
-
-        def linear(c, n, k, quantized):
-            operands = meta(m, k, dtype=int8), meta(m), meta(n, k, dtype=int8), meta(n)
-            with mock.patch.object(gemm_s8, "choose", lambda *_: c):
-                if quantized:
-                    gemm_s8.int8_linear_quantize(*operands, meta(n, dtype=half), "gelu", out_scale=meta())
-                else:
-                    vector, residual = meta(n, dtype=half), meta(m, n, dtype=half)
-                    gemm_s8.int8_linear(*operands, vector, "none", vector, residual, out_dtype=half)
-
-        store = functools.partial(linear, c, n, k, True)
+        store = functools.partial(linear, c, n, k, out_scale=meta())
         yield Case(f"int8_linear_quantize gelu static {tile}", store, tensor_core, c.ctas)
-        residual = functools.partial(linear, c, k, n, False)
+        residual = functools.partial(linear, c, k, n)
         yield Case(f"int8_linear residual fp16 {tile}", residual, tensor_core, c.ctas)
 
     def compensated():
@@ -84,24 +89,13 @@ def group_cases(row: int, tensor_core: str) -> Iterator[Case]:
     half, int8 = torch.float16, torch.int8
     for c in (*gemm_s8.GROUP_CONFIGS[row], gemm_s8.RAGGED_GROUP_CONFIG):
         tile = f"{c.block_m}x{c.block_n}x{c.block_k} stages {c.num_stages}"
-
-        def linear(c, n, k, grouped, stored):
-            a_scale = meta(m, -(-k // 128)) if grouped else meta(m)
-            operands = meta(m, k, dtype=int8), a_scale, meta(n, k, dtype=int8), meta(n)
-            with mock.patch.object(gemm_s8, "choose", lambda *_: c):
-                if stored:
-                    gemm_s8.int8_linear_quantize(*operands, meta(n, dtype=half), "gelu", per_group=True)
-                else:
-                    vector, residual = meta(n, dtype=half), meta(m, n, dtype=half)
-                    gemm_s8.int8_linear(*operands, vector, "none", vector, residual, out_dtype=half)
-
         ragged = c is gemm_s8.RAGGED_GROUP_CONFIG
-        for what, n_, k_, grouped, stored in (
-            ("store groups gelu", n, 588 if ragged else k, False, True),
-            ("group scales residual fp16", k, 588 if ragged else n, True, False),
-            ("group scales store groups", n, 588 if ragged else k, True, True),
+        for what, n_, k_, grouped, store in (
+            ("store groups gelu", n, 588 if ragged else k, False, {"per_group": True}),
+            ("group scales residual fp16", k, 588 if ragged else n, True, {}),
+            ("group scales store groups", n, 588 if ragged else k, True, {"per_group": True}),
         ):
-            call = functools.partial(linear, c, n_, k_, grouped, stored)
+            call = functools.partial(linear, c, n_, k_, grouped, **store)
             yield Case(f"int8_linear {what} {tile}", call, f"{WGMMA_S8}|{MMA_S8}" if ragged else tensor_core, c.ctas)
 
         def projection(c, heads):

@@ -12,7 +12,7 @@ NEWER_ROWS = {(10, 0): 80, (10, 3): 80}
 
 def config_row(capability: tuple[int, int]) -> int:
     """The row of the kernels' tables of tiles that serves a device."""
-    return CONFIG_ROWS.get(capability) or NEWER_ROWS.get(capability, 86)
+    return (CONFIG_ROWS | NEWER_ROWS).get(capability, 86)
 
 
 def support(capability: tuple[int, int]) -> str:
@@ -24,6 +24,6 @@ def support(capability: tuple[int, int]) -> str:
     if capability in CONFIG_ROWS:
         return f"{name}: tiles of row {config_row(capability)}"
     return (
-        f"{name} is newer than these kernels: results are the same, but the tiles are those of"
-        f" sm_{config_row(capability)}, without the part's own tensor-core instructions; measure against half precision"
+        f"{name} is newer than these kernels and untested: the tiles are those of sm_{config_row(capability)}, without"
+        " the part's own tensor-core instructions; measure against half precision"
     )

@@ -59,6 +59,8 @@ def keep_faster(
     Returns: the plan of what stays, and a report of what went back: everything, if the whole model is too slow.
     """
     replaced = dict(quantized_modules(model))
+    for module in replaced.values():
+        module.original[0].eval()
     with torch.inference_mode():
         speeds = _module_speeds(model, replaced, sample, timer)
         slow = {name: f"INT8 is {speeds[name]}" for name in replaced if speeds[name].speedup < min_speedup}
@@ -70,17 +72,14 @@ def keep_faster(
                 plan = revert(model, plan, left)
                 slow |= {name: f"the whole model in INT8 is {whole}" for name in left}
     wanted = f"; {min_speedup:g}x was asked for"
-    return plan, tuple(
-        LayerReport(name, "block" if isinstance(replaced[name], EncoderBlock) else replaced[name].plan.role, "skipped",
-                    reason + wanted)
-        for name, reason in slow.items()
-    )  # fmt: skip
+    roles = {name: "block" if isinstance(m, EncoderBlock) else m.plan.role for name, m in replaced.items()}
+    return plan, tuple(LayerReport(name, roles[name], "skipped", reason + wanted) for name, reason in slow.items())
 
 
 def float_skeleton(model: nn.Module) -> nn.Module:
     """The float model that a quantized one replaced: new containers around the same weights."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    shared |= {id(module): module.original[0].eval() for _, module in quantized_modules(model)}
+    shared |= {id(module): module.original[0] for _, module in quantized_modules(model)}
     return copy.deepcopy(model, shared)
 
 
@@ -93,9 +92,7 @@ def _module_speeds(model: nn.Module, replaced: dict, sample: Batch, timer: Timer
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(record(name), with_kwargs=True) for name, module in replaced.items()
-    ]  # fmt: skip
+    handles = [m.register_forward_pre_hook(record(name), with_kwargs=True) for name, m in replaced.items()]
     try:
         model(*sample.args, **sample.kwargs)
     finally:
@@ -105,9 +102,7 @@ def _module_speeds(model: nn.Module, replaced: dict, sample: Batch, timer: Timer
         raise ValueError(
             f"min_speedup: expected every replaced module to run on the sample; {', '.join(missing)} did not"
         )
-    return {
-        name: _compare(timer, module.original[0].eval(), module, *inputs[name]) for name, module in replaced.items()
-    }
+    return {name: _compare(timer, module.original[0], module, *inputs[name]) for name, module in replaced.items()}
 
 
 def _compare(timer: Timer, floating: nn.Module, integer: nn.Module, args: tuple, kwargs: dict) -> Speed:

@@ -22,7 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    import torch
 
     from vqvit import engines, provenance
     from vqvit.timing import interleaved
@@ -31,11 +30,7 @@ def run(arguments: argparse.Namespace) -> dict:
         raise ValueError("bench: expected a MODEL folder or --arch; got both")
     device = common.use_device(arguments)
     name, models = _engines(arguments, device)
-    size = arguments.image_size or common.image_size_of(models["fp32"])
-    if size is None:
-        raise ValueError(f"{name}: expected --image-size, for the model's configuration names none")
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(max(arguments.batch), 3, size, size, generator=generator)
+    images = common.random_images(models["fp32"], name, max(arguments.batch), arguments.image_size)
     rows = []
     for batch in arguments.batch:
         calls = {engine: engines.timed_call(model, images[:batch]) for engine, model in models.items()}
@@ -46,7 +41,7 @@ def run(arguments: argparse.Namespace) -> dict:
     memory = _memory(models, images[: min(arguments.batch)], device) if arguments.memory else {}
     return {
         "model": name,
-        "image_size": size,
+        "image_size": images.shape[-1],
         "rows": rows,
         "memory_batch": min(arguments.batch),
         "memory": memory,

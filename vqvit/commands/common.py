@@ -105,6 +105,20 @@ def image_size_of(model) -> int | None:
     return size[0] if isinstance(size, list | tuple) else size
 
 
+def random_images(model, name: str, batch: int, size: int | None):
+    """(batch, C, size, size) fp32, the same at every call: latency does not depend on values.
+
+    Without `size` it is the model's. Raises `ValueError` with the model's `name` if there is none.
+    """
+    import torch
+
+    size = size or image_size_of(model)
+    if size is None:
+        raise ValueError(f"{name}: expected --image-size, for the model's configuration names none")
+    channels = getattr(getattr(model, "config", None), "num_channels", 3)
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
 def require_writable_folder(path: str | Path) -> None:
     """Raise unless a folder `path` can be made, or is a folder that can be written to. Leaves no trace."""
     path = Path(path)

@@ -53,7 +53,10 @@ def run(arguments: argparse.Namespace) -> dict:
     batches = None
     if arguments.calibration:
         batches = common.open_data(arguments.calibration, model, arguments.source, arguments)
-    sample = None if arguments.min_speedup is None else _served_batch(model, arguments)
+    sample = None
+    if arguments.min_speedup is not None:
+        sample = common.random_images(model, arguments.source, arguments.serve_batch, arguments.image_size)
+        sample = sample.to(next(model.parameters()).dtype)
     report = calibration.quantize_(
         model, config, batches, progress=True, min_speedup=arguments.min_speedup, sample=sample
     )
@@ -80,19 +83,6 @@ def to_text(result: dict) -> str:
     ]
     size = f"{result['source_bytes'] / 1e6:.2f} MB -> {result['bytes'] / 1e6:.2f} MB ({result['ratio']:.3f})"
     return text_table(["layer", "role", "status", "shape", "reason"], rows) + f"\n\n{result['output']}: {size}"
-
-
-def _served_batch(model, arguments: argparse.Namespace):
-    """Random images of the model's size, in its dtype: latency does not depend on values."""
-    import torch
-
-    size = arguments.image_size or common.image_size_of(model)
-    if size is None:
-        raise ValueError("--min-speedup: expected --image-size, as the model's configuration names none; got neither")
-    parameter = next(model.parameters())
-    channels = getattr(model.config, "num_channels", 3)
-    pixels = torch.randn(arguments.serve_batch, channels, size, size, generator=torch.Generator().manual_seed(0))
-    return pixels.to(parameter.dtype)
 
 
 def _configuration(arguments: argparse.Namespace):

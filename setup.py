@@ -1,6 +1,6 @@
-"""Packages, and the native library, which `vqvit/_build.py` compiles without torch.
+"""Packages, and the native libraries, which `vqvit/_build.py` compiles without torch.
 
-A missing compiler is a warning: the library is then built on first use, or the reference backend runs.
+A missing compiler is a warning: its library is then built on first use, or another backend runs.
 """
 
 import importlib.util
@@ -22,6 +22,7 @@ def load_builder():
 
 
 builder = load_builder()
+LIBRARIES = {f"vqvit._lib.{Path(library.file).stem}": library for library in (builder.CPU, builder.CUDA)}
 
 
 class BuildLibrary(build_ext):
@@ -32,9 +33,9 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext):
         try:
-            builder.build_cpu(ROOT / "csrc", Path(self.get_ext_fullpath(ext.name)))
+            builder.build(ROOT / "csrc", LIBRARIES[ext.name], Path(self.get_ext_fullpath(ext.name)))
         except builder.BuildError as error:
-            self.warn(f"vqvit without its native CPU library: {error}")
+            self.warn(f"vqvit without its native {LIBRARIES[ext.name].device} library: {error}")
 
     def copy_extensions_to_source(self):  # editable installs
         (ROOT / "vqvit" / "_lib").mkdir(exist_ok=True)
@@ -58,6 +59,6 @@ setup(
     package_dir=mapped,
     package_data={"vqvit._csrc": ["*.h", "**/*.h", "**/*.cpp", "**/*.cu", "**/*.cuh"]},
     exclude_package_data={"": ["__pycache__"]},
-    ext_modules=[Extension(f"vqvit._lib.{Path(builder.CPU_LIBRARY).stem}", sources=[], optional=True)],
+    ext_modules=[Extension(name, sources=[], optional=True) for name in LIBRARIES],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

@@ -1,4 +1,4 @@
-/* vqvit native kernels: the C ABI of every exported function.
+/* vqvit native kernels: the C ABI of every exported function, of the CPU library and of the CUDA library.
  *
  * Each function computes, bit for bit, what the op of the same name in vqvit/reference.py computes; vqvit/numerics.py
  * holds the formulas. The caller validates shapes (vqvit/validation.py): these functions trust them.
@@ -6,10 +6,12 @@
  * Conventions
  *   Sizes and strides are int64_t and count elements. Matrices are row-major and contiguous unless a stride is named.
  *   Codes are int8 in [-127, 127], scales fp32, zero points and sums int32. A pointer marked "or NULL" is optional.
- *   `threads` is the number of OpenMP threads to use at most; small problems run on the calling thread.
  *   Outputs never overlap inputs.
  *   Return value: VQVIT_OK, or one of the error codes below (then nothing was written).
- *   The library is compiled with OpenMP but links no libgomp: it shares the one that is loaded already (torch's).
+ *   CPU: `threads` is the number of OpenMP threads to use at most; small problems run on the calling thread. The
+ *   library is compiled with OpenMP but links no libgomp: it shares the one that is loaded already (torch's).
+ *   CUDA: pointers are of the current device; work is queued on `stream` (a cudaStream_t) and not waited for. No
+ *   function allocates, synchronises or reads the device, so that every one can be captured in a CUDA graph.
  */
 #ifndef VQVIT_H
 #define VQVIT_H
@@ -29,6 +31,7 @@ enum vqvit_status {
     VQVIT_UNKNOWN_ISA = 3,
     VQVIT_UNSUPPORTED_ISA = 4, /* known, but this machine cannot run it */
     VQVIT_UNKNOWN_MODE = 5,
+    VQVIT_CUDA_ERROR = 6, /* vqvit_cuda_last_error says which */
 };
 
 enum vqvit_dtype { VQVIT_F32 = 0, VQVIT_F16 = 1, VQVIT_BF16 = 2 };
@@ -43,7 +46,7 @@ enum vqvit_activation {
     VQVIT_RELU = 5,
 };
 
-/* Library ------------------------------------------------------------------------------------------------------- */
+/* CPU: library -------------------------------------------------------------------------------------------------- */
 
 /* Hash of the sources and flags this library was built from (vqvit/_build.py), to recognise a stale binary. */
 VQVIT_EXPORT const char* vqvit_cpu_source_hash(void);
@@ -57,7 +60,7 @@ VQVIT_EXPORT const char* vqvit_cpu_isa(void);
 /* Force an instruction set for the whole process, or return to the best available one with NULL. */
 VQVIT_EXPORT int vqvit_cpu_set_isa(const char* name);
 
-/* Row-wise ops -------------------------------------------------------------------------------------------------- */
+/* CPU: row-wise ops --------------------------------------------------------------------------------------------- */
 
 /* quantize_per_token (static_scale NULL) and quantize_static.
  *   x (rows, k) of dtype; equalizer (k) or NULL; static_scale (1) or NULL.
@@ -87,7 +90,7 @@ VQVIT_EXPORT int vqvit_cpu_patchify_quantize(
     const void* pixels, int dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
     int64_t patch_height, int64_t patch_width, const float* equalizer, int8_t* codes, float* scale, int threads);
 
-/* GEMM ---------------------------------------------------------------------------------------------------------- */
+/* CPU: GEMM ----------------------------------------------------------------------------------------------------- */
 
 /* Panels of a weight b (n, k): packed (ceil(n/64), ceil(k/4) + 1, 64, 4), [p, g, j, i] = b[64 p + j, 4 g + i], zero
  * padded; the last group of a panel holds the int32 column sums. */
@@ -99,20 +102,22 @@ VQVIT_EXPORT int vqvit_cpu_unpack_weight(const int8_t* packed, int64_t n, int64_
 /* Operands and epilogue of y = act(a_scale b_scaleᵀ ∘ Σ_k (a - a_zero)(b - b_zero) + bias) · layer_scale + residual. */
 typedef struct vqvit_gemm {
     const int8_t* a;          /* (m, k), rows a_stride apart */
-    const int8_t* b;          /* (n, k), or the panels of vqvit_cpu_pack_weight */
-    const float* a_scale;     /* (m) */
+    const int8_t* b;          /* (n, k), or (CPU) the panels of vqvit_cpu_pack_weight */
+    const float* a_scale;     /* (m), or with a_groups (m, ceil(k/128)) */
     const float* b_scale;     /* (n) */
-    const float* bias;        /* (n) or NULL */
-    const float* layer_scale; /* (n) or NULL */
-    const void* residual;     /* (m, n) of residual_dtype, or NULL */
+    const void* bias;         /* (n) of bias_dtype, or NULL */
+    const void* layer_scale;  /* (n) of layer_scale_dtype, or NULL */
+    const void* residual;     /* (m, n) of residual_dtype, rows residual_stride apart, or NULL */
     const int32_t* a_zero;    /* (m) or NULL; needs b_sum (n) */
     const int32_t* a_sum;     /* (m) */
     const int32_t* b_zero;    /* (n) or NULL; needs a_sum (m) */
     const int32_t* b_sum;     /* (n) */
-    int64_t m, n, k, a_stride;
-    int32_t b_packed;         /* 0 or 1 */
-    int32_t activation;       /* enum vqvit_activation */
-    int32_t residual_dtype;   /* enum vqvit_dtype */
+    int64_t m, n, k, a_stride, residual_stride;
+    int32_t b_packed;   /* 0 or 1; CPU only */
+    int32_t a_groups;   /* 0 or 1; CUDA only, and then without zero points */
+    int32_t activation; /* enum vqvit_activation */
+    int32_t bias_dtype, layer_scale_dtype, residual_dtype; /* enum vqvit_dtype; CPU: the first two are fp32, and
+                                                              residual_stride is n */
 } vqvit_gemm;
 
 /* int8_mm: acc (m, n) int32; reads a, b, b_packed and the sizes of `gemm`. */
@@ -134,7 +139,7 @@ VQVIT_EXPORT int vqvit_cpu_int8_linear_compensated(
     const vqvit_gemm* gemm, const int8_t* a_residual, const int8_t* b_residual, int terms, float first_order,
     float second_order, void* y, int dtype, int threads);
 
-/* Attention ----------------------------------------------------------------------------------------------------- */
+/* CPU: attention ------------------------------------------------------------------------------------------------ */
 
 /* quantize_qkv: qkv (batch, tokens, 3 · heads · head_dim) of dtype, contiguous.
  *   q, k, v (batch, heads, tokens, head_dim); q_scale, k_scale (batch, heads, tokens);
@@ -149,6 +154,89 @@ VQVIT_EXPORT int vqvit_cpu_int8_attention(
     const int8_t* q, const int8_t* k, const int8_t* v, const float* q_scale, const float* k_scale,
     const float* v_scale, float logit_scale, int64_t batch, int64_t heads, int64_t queries, int64_t keys,
     int64_t head_dim, void* out, int dtype, int threads);
+
+/* CUDA: library ------------------------------------------------------------------------------------------------- */
+
+VQVIT_EXPORT const char* vqvit_cuda_source_hash(void);
+
+/* What the calling thread's last VQVIT_CUDA_ERROR was. */
+VQVIT_EXPORT const char* vqvit_cuda_last_error(void);
+
+/* CUDA: row-wise ops; results as of their CPU namesakes ---------------------------------------------------------- */
+
+/* x (rows, k) of dtype, rows x_stride apart; the others as in vqvit_cpu_quantize. */
+VQVIT_EXPORT int vqvit_cuda_quantize(
+    const void* x, int dtype, int64_t rows, int64_t k, int64_t x_stride, const float* equalizer,
+    const float* static_scale, float delta, int symmetric, int8_t* codes, float* scale, int32_t* zero_point,
+    int32_t* row_sum, void* stream);
+
+/* quantize_per_group: codes (rows, k), scale (rows, ceil(k/128)). */
+VQVIT_EXPORT int vqvit_cuda_quantize_per_group(
+    const void* x, int dtype, int64_t rows, int64_t k, int64_t x_stride, const float* equalizer, int8_t* codes,
+    float* scale, void* stream);
+
+VQVIT_EXPORT int vqvit_cuda_quantize_residual(
+    const void* x, int dtype, int64_t rows, int64_t k, int64_t x_stride, const int8_t* codes, const float* scale,
+    int8_t* residual_codes, void* stream);
+
+/* layernorm_quantize (residual and residual_stream NULL) and add_layernorm_quantize. weight, bias and layer_scale (k) of
+ * their own dtypes; residual rows residual_stride apart. */
+VQVIT_EXPORT int vqvit_cuda_layernorm_quantize(
+    const void* x, int dtype, int64_t x_stride, const void* residual, int residual_dtype, int64_t residual_stride,
+    const void* layer_scale, int layer_scale_dtype, const void* weight, int weight_dtype, const void* bias,
+    int bias_dtype, int64_t rows, int64_t k, float eps, int paper, float delta, const float* static_scale,
+    int8_t* codes, float* scale, int32_t* row_sum, void* residual_stream, void* stream);
+
+/* strides: of the four dimensions of pixels, in elements. */
+VQVIT_EXPORT int vqvit_cuda_patchify_quantize(
+    const void* pixels, int dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
+    const int64_t* strides, int64_t patch_height, int64_t patch_width, const float* equalizer, int8_t* codes,
+    float* scale, void* stream);
+
+/* qkv (batch, tokens, 3 · heads · head_dim) of dtype with strides batch_stride, token_stride, 1. */
+VQVIT_EXPORT int vqvit_cuda_quantize_qkv(
+    const void* qkv, int dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int64_t batch_stride,
+    int64_t token_stride, int8_t* q, int8_t* k, int8_t* v, float* q_scale, float* k_scale, float* v_scale,
+    void* stream);
+
+/* The v part alone: v (batch, tokens, heads, head_dim) fp32, contiguous. */
+VQVIT_EXPORT int vqvit_cuda_quantize_values(
+    const float* v, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int8_t* codes, float* scale,
+    void* stream);
+
+/* CUDA: GEMM ---------------------------------------------------------------------------------------------------- */
+
+VQVIT_EXPORT int vqvit_cuda_int8_mm(const vqvit_gemm* gemm, int32_t* acc, void* stream);
+
+VQVIT_EXPORT int vqvit_cuda_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, void* stream);
+
+/* Static codes with out_scale (1): scale (m), row_sum (m) or NULL. Codes by group without it: scale (m, ceil(n/128)),
+ * row_sum NULL. */
+VQVIT_EXPORT int vqvit_cuda_int8_linear_quantize(
+    const vqvit_gemm* gemm, const float* out_scale, int8_t* codes, float* scale, int32_t* row_sum, void* stream);
+
+/* The projection's q and k as codes (2, images, heads, tokens, head_dim) with scale (2, images, heads, tokens), its v as
+ * fp32 (images, tokens, heads, head_dim); m = images · tokens, n = 3 · heads · head_dim, head_dim 32, 64 or 128. */
+VQVIT_EXPORT int vqvit_cuda_int8_linear_qkv(
+    const vqvit_gemm* gemm, int64_t tokens, int64_t heads, int8_t* codes, float* scale, float* v, void* stream);
+
+VQVIT_EXPORT int vqvit_cuda_int8_linear_compensated(
+    const vqvit_gemm* gemm, const int8_t* a_residual, const int8_t* b_residual, int terms, float first_order,
+    float second_order, void* y, int dtype, void* stream);
+
+/* CUDA: attention; operands as of vqvit_cpu_int8_attention ------------------------------------------------------- */
+
+VQVIT_EXPORT int vqvit_cuda_int8_attention(
+    const int8_t* q, const int8_t* k, const int8_t* v, const float* q_scale, const float* k_scale,
+    const float* v_scale, float logit_scale, int64_t batch, int64_t heads, int64_t queries, int64_t keys,
+    int64_t head_dim, void* out, int dtype, void* stream);
+
+/* int8_attention_quantize: codes (batch · queries, heads · head_dim), scale (batch · queries,
+ * ceil(heads · head_dim / 128)); head_dim 64 or 128. */
+VQVIT_EXPORT int vqvit_cuda_int8_attention_quantize(
+    const int8_t* q, const int8_t* k, const int8_t* v, const float* q_scale, const float* k_scale,
+    const float* v_scale, float logit_scale, int64_t batch, int64_t heads, int64_t queries, int64_t keys,
+    int64_t head_dim, int8_t* codes, float* scale, void* stream);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,4 @@
-"""Shared fixtures. Without a GPU, Triton's interpreter runs the kernels: chosen before triton is first imported."""
+"""Shared fixtures. Without a GPU, Triton's interpreter and the twin of CUDA run the kernels: chosen before the imports."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("VQVIT_CUDA_TWIN", "1")
 
 import vqvit
 

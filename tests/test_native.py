@@ -49,30 +49,30 @@ def test_compiles_without_warnings(tmp_path, monkeypatch):
     strict.write_text('#!/bin/sh\nexec g++ -Werror "$@"\n')
     strict.chmod(0o755)
     monkeypatch.setenv("CXX", str(strict))
-    library = tmp_path / "out" / _build.CPU_LIBRARY
-    _build.build_cpu(CSRC, library)
+    library = tmp_path / "out" / _build.CPU.file
+    _build.build(CSRC, _build.CPU, library)
     assert [path.name for path in library.parent.iterdir()] == [library.name], "temporary files stay behind"
-    assert native._text(native._open(library), "source_hash") == _build.source_hash(CSRC)
+    assert native._text(native._open(library), "cpu", "source_hash") == _build.source_hash(CSRC, _build.CPU)
 
 
 def test_second_use_comes_from_the_cache(fake_compiler, monkeypatch):
-    first = native.cached_cpu_library(CSRC)
+    first = native.cached_library(CSRC, _build.CPU)
     assert first.read_text() == "half whole"
     calls = fake_compiler.read_text().count("call")
-    assert native.cached_cpu_library(CSRC) == first
+    assert native.cached_library(CSRC, _build.CPU) == first
     assert fake_compiler.read_text().count("call") == calls + 1, "only --version"
 
 
 def test_concurrent_builds_leave_one_whole_library(fake_compiler):
     found = []
-    threads = [threading.Thread(target=lambda: found.append(native.cached_cpu_library(CSRC))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(native.cached_library(CSRC, _build.CPU))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(found) == 4 and len(set(found)) == 1
     assert found[0].read_text() == "half whole"
-    assert [path.name for path in found[0].parent.iterdir()] == [_build.CPU_LIBRARY]
+    assert [path.name for path in found[0].parent.iterdir()] == [_build.CPU.file]
 
 
 def test_cache_key_follows_sources_and_compiler(fake_compiler, tmp_path, monkeypatch):
@@ -80,10 +80,10 @@ def test_cache_key_follows_sources_and_compiler(fake_compiler, tmp_path, monkeyp
     shutil.copytree(CSRC, changed)
     with open(changed / "cpu" / "isa.cpp", "a") as file:
         file.write("// changed\n")
-    assert _build.source_hash(changed) != _build.source_hash(CSRC)
-    paths = {native.cached_cpu_library(CSRC), native.cached_cpu_library(changed)}
+    assert _build.source_hash(changed, _build.CPU) != _build.source_hash(CSRC, _build.CPU)
+    paths = {native.cached_library(CSRC, _build.CPU), native.cached_library(changed, _build.CPU)}
     monkeypatch.setattr(_build, "compiler_version", lambda path: "another")
-    paths.add(native.cached_cpu_library(CSRC))
+    paths.add(native.cached_library(CSRC, _build.CPU))
     assert len(paths) == 3
 
 
@@ -93,7 +93,7 @@ def test_failed_build_says_why_and_leaves_nothing(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(_build.BuildError, match="no such instruction"):
-        _build.build_cpu(CSRC, tmp_path / "out" / _build.CPU_LIBRARY)
+        _build.build(CSRC, _build.CPU, tmp_path / "out" / _build.CPU.file)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -117,29 +117,35 @@ def test_missing_compiler_is_a_reason_not_a_crash(tmp_path):
 
 @needs_library
 def test_packaged_library_is_used_unless_it_is_stale(tmp_path, monkeypatch):
-    packaged = tmp_path / "package" / "_lib" / _build.CPU_LIBRARY
+    packaged = tmp_path / "package" / "_lib" / _build.CPU.file
     packaged.parent.mkdir(parents=True)
     shutil.copy(native.cpu()._name, packaged)
     shutil.copytree(CSRC, tmp_path / "csrc")
     monkeypatch.setattr(native, "_PACKAGE", tmp_path / "package")
-    assert native._load_cpu()._name == str(packaged)
+    assert native._load(_build.CPU)._name == str(packaged)
     with open(tmp_path / "csrc" / "cpu" / "isa.cpp", "a") as file:
         file.write("// changed\n")
-    monkeypatch.setattr(native, "cached_cpu_library", lambda csrc: Path(native.cpu()._name))
-    assert native._load_cpu()._name == native.cpu()._name
+    monkeypatch.setattr(native, "cached_library", lambda csrc, library: Path(native.cpu()._name))
+    assert native._load(_build.CPU)._name == native.cpu()._name
 
 
-def test_signatures_match_the_header():
+@pytest.mark.parametrize("device", native._SIGNATURES)
+def test_signatures_match_the_header(device):
+    signatures = native._SIGNATURES[device]
     header = (CSRC / "vqvit.h").read_text()
-    declared = dict(re.findall(r"VQVIT_EXPORT int vqvit_cpu_(\w+)\(([^)]*)\);", header))
-    assert declared.keys() == native._SIGNATURES.keys()
+    declared = dict(re.findall(rf"VQVIT_EXPORT int vqvit_{device}_(\w+)\(([^)]*)\);", header))
+    assert declared.keys() == signatures.keys()
     for name, parameters in declared.items():
         kinds = ["*" if "*" in p else p.split()[0] for p in parameters.split(",")]
         ours = [
             {native.c_int: "int", native.c_int64: "int64_t", native.c_float: "float"}.get(kind, "*")
-            for kind in native._SIGNATURES[name]
+            for kind in signatures[name]
         ]
         assert ours == kinds, name
+
+
+def test_struct_matches_the_header():
+    header = re.sub(r"/\*.*?\*/", "", (CSRC / "vqvit.h").read_text(), flags=re.DOTALL)
     fields = re.search(r"typedef struct vqvit_gemm \{(.*?)\}", header, re.DOTALL)[1]
     names = [
         name.strip(" *")

@@ -7,7 +7,7 @@ from op_cases import CASES
 import vqvit
 from vqvit import backends, reference
 
-VARIANTS = ("cpu-scalar", "cpu-avx2", "cpu-avx_vnni", "cpu-avx512_vnni", "triton")
+VARIANTS = ("cpu-scalar", "cpu-avx2", "cpu-avx_vnni", "cpu-avx512_vnni", "triton", "cuda")
 
 PARAMETERS = [
     pytest.param(variant, op, case, id=f"{variant}-{op}-{case}")

@@ -1,6 +1,6 @@
-"""Compiles csrc/ into a shared library. Standard library only: setup.py loads this file by path, not through vqvit.
+"""Compiles csrc/ into shared libraries. Standard library only: setup.py loads this file by path, not through vqvit.
 
-`setup.py` builds into the package, `vqvit.native` into a cache on first use; both call `build_cpu`.
+`setup.py` builds into the package, `vqvit.native` into a cache on first use; both call `build`.
 """
 
 import hashlib
@@ -9,72 +9,112 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-
-CPU_LIBRARY = "libvqvit_cpu.so"
 
 # No -march and no fast math: each file of kernels names its instructions, and results are fixed to the last bit:
 # multiply and add fuse only where a kernel says fma. sqrt need not set errno.
-CPU_FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-    "-Wall", "-Wextra",
+CXX_FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra",
 )  # fmt: skip
+
+# The same contract for nvcc, whose division and square root are correctly rounded by default.
+NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
+
+CUDA_ARCHS = ("75", "80", "90a")
+"""Parts with machine code of their own: 8.6, 8.7 and 8.9 run that of 8.0, newer parts compile its PTX when they load it."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A shared library. `device`: its folder in csrc/ and the prefix vqvit_<device>_ of its functions; `units`: patterns
+    of its translation units there; `compiler`: "c++" or "nvcc".
+    """
+
+    file: str
+    device: str
+    units: tuple[str, ...]
+    compiler: str
+    flags: tuple[str, ...]
+
 
 # OpenMP's runtime is not linked: its symbols come from the libgomp that torch has loaded, so that both share one pool
 # of threads. Wheels name their copy libgomp-<hash>.so.1, which a link-time dependency would miss.
-LINK_FLAGS = ("-shared",)
+CPU = Library("libvqvit_cpu.so", "cpu", ("*.cpp",), "c++", (*CXX_FLAGS, "-fopenmp"))
+
+
+def cuda_library(archs: tuple[str, ...] = CUDA_ARCHS) -> Library:
+    """The CUDA library with machine code for `archs`, and PTX of 8.0 if that is among them."""
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    if "80" in archs:
+        code.append("-gencode=arch=compute_80,code=compute_80")
+    return Library("libvqvit_cuda.so", "cuda", ("*.cu",), "nvcc", (*NVCC_FLAGS, *code))
+
+
+CUDA = cuda_library()
+
+# csrc/cuda/twin.h: the CUDA kernels on the CPU, one fibre a thread, for tests.
+CUDA_TWIN = Library("libvqvit_cuda_twin.so", "cuda", ("*.cu", "*.cpp"), "c++", CXX_FLAGS)
 
 
 class BuildError(RuntimeError):
     """The native library cannot be built; the message says why."""
 
 
-def compiler() -> str:
-    """Path of the C++ compiler: `$CXX` or g++."""
-    name = os.environ.get("CXX") or "g++"
-    path = shutil.which(name)
-    if path is None:
-        raise BuildError(f"C++ compiler {name!r} not found (set CXX or install g++)")
-    return path
+def compiler(library: Library) -> str:
+    """Path of the library's compiler: `$CXX` or g++; `$NVCC`, nvcc, or the one in $CUDA_HOME or /usr/local/cuda."""
+    if library.compiler == "c++":
+        names, missing = [os.environ.get("CXX") or "g++"], "C++ compiler {!r} not found (set CXX or install g++)"
+    elif chosen := os.environ.get("NVCC"):
+        names, missing = [chosen], "CUDA compiler {!r} not found (set NVCC or install the CUDA toolkit)"
+    else:
+        names = ["nvcc", f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc"]
+        missing = "CUDA compiler {!r} not found (set NVCC or install the CUDA toolkit)"
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise BuildError(missing.format(names[0]))
 
 
 def compiler_version(path: str) -> str:
-    """First line of `--version`."""
-    return _run([path, "--version"]).splitlines()[0]
+    """What `--version` prints."""
+    return _run([path, "--version"])
 
 
-def source_files(csrc: Path) -> list[Path]:
-    """The translation units of the CPU library."""
-    return sorted((csrc / "cpu").glob("*.cpp"))
+def source_files(csrc: Path, library: Library) -> list[Path]:
+    """The translation units of a library."""
+    return sorted(path for pattern in library.units for path in (csrc / library.device).glob(pattern))
 
 
-def source_hash(csrc: Path) -> str:
+def source_hash(csrc: Path, library: Library) -> str:
     """Identifies sources and flags; compiled into the library, so that a stale binary shows."""
-    digest = hashlib.sha256(" ".join(CPU_FLAGS + LINK_FLAGS).encode())
-    for path in sorted([csrc / "vqvit.h", *(csrc / "cpu").iterdir()]):
-        if path.suffix in (".h", ".cpp"):
+    digest = hashlib.sha256(" ".join((library.file, *library.flags)).encode())
+    for path in sorted([*csrc.glob("*.h"), *(csrc / library.device).iterdir()]):
+        if path.suffix in (".h", ".cpp", ".cu"):
             digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def build_cpu(csrc: Path, output: Path) -> None:
-    """Compile the CPU library to `output`, which appears complete or not at all. Raises `BuildError`."""
-    cxx, sources = compiler(), source_files(csrc)
+def build(csrc: Path, library: Library, output: Path) -> None:
+    """Compile a library to `output`, which appears complete or not at all. Raises `BuildError`."""
+    program, sources = compiler(library), source_files(csrc, library)
     if not sources:
-        raise BuildError(f"no C++ sources in {csrc / 'cpu'}")
-    flags = [*CPU_FLAGS, f"-I{csrc}", f"-I{csrc / 'cpu'}", f'-DVQVIT_SOURCE_HASH="{source_hash(csrc)}"']
+        raise BuildError(f"no sources in {csrc / library.device}")
+    flags = [*library.flags, f"-I{csrc}", f"-I{csrc / library.device}"]
+    flags.append(f'-DVQVIT_SOURCE_HASH="{source_hash(csrc, library)}"')
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=output.parent) as folder:
-        objects = [Path(folder, source.stem + ".o") for source in sources]
+        objects = [Path(folder, source.name + ".o") for source in sources]
 
         def compile_one(source: Path, target: Path) -> None:
-            _run([cxx, *flags, "-c", str(source), "-o", str(target)])
+            language = ["-x", "c++"] if library.compiler == "c++" else []
+            _run([program, *flags, *language, "-c", str(source), "-o", str(target)])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, sources, objects))
-        library = Path(folder, output.name)
-        _run([cxx, *LINK_FLAGS, *map(str, objects), "-o", str(library)])
-        library.replace(output)
+        linked = Path(folder, output.name)
+        _run([program, "-shared", *map(str, objects), "-o", str(linked)])
+        linked.replace(output)
 
 
 def _run(command: list[str]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from vqvit import _build
+from vqvit._build import CPU, CUDA, CUDA_TWIN, Library
 
 logger = logging.getLogger("vqvit")
 
@@ -29,6 +30,7 @@ STATUS = {
     3: "unknown instruction set",
     4: "unsupported instruction set",
     5: "unknown mode",
+    6: "CUDA",
 }
 """enum vqvit_status, without VQVIT_OK."""
 
@@ -44,58 +46,96 @@ class Gemm(ctypes.Structure):
         *((name, c_void_p) for name in (
             "a", "b", "a_scale", "b_scale", "bias", "layer_scale", "residual", "a_zero", "a_sum", "b_zero", "b_sum",
         )),
-        *((name, c_int64) for name in ("m", "n", "k", "a_stride")),
-        *((name, c_int32) for name in ("b_packed", "activation", "residual_dtype")),
+        *((name, c_int64) for name in ("m", "n", "k", "a_stride", "residual_stride")),
+        *((name, c_int32) for name in (
+            "b_packed", "a_groups", "activation", "bias_dtype", "layer_scale_dtype", "residual_dtype",
+        )),
     )  # fmt: skip
 
 
-_POINTER, _SIZE, _GEMM = c_void_p, c_int64, ctypes.POINTER(Gemm)
+_POINTER, _STREAM, _SIZE, _GEMM = c_void_p, c_void_p, c_int64, ctypes.POINTER(Gemm)
 _MATRIX = (_POINTER, c_int, _SIZE, _SIZE)  # data, dtype, rows, columns
 
 _SIGNATURES = {
-    "set_isa": (c_char_p,),
-    "quantize": (*_MATRIX, _POINTER, _POINTER, c_float, c_int, *[_POINTER] * 4, c_int),
-    "quantize_residual": (_POINTER, c_int, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, c_int),
-    "layernorm_quantize": (
-        _POINTER, c_int, _POINTER, c_int, *[_POINTER] * 3, _SIZE, _SIZE, c_float, c_int, c_float, *[_POINTER] * 5,
-        c_int,
-    ),
-    "patchify_quantize": (_POINTER, c_int, *[_SIZE] * 6, *[_POINTER] * 3, c_int),
-    "pack_weight": (_POINTER, _SIZE, _SIZE, _POINTER, c_int),
-    "unpack_weight": (_POINTER, _SIZE, _SIZE, _POINTER, c_int),
-    "int8_mm": (_GEMM, _POINTER, c_int),
-    "int8_linear": (_GEMM, _POINTER, c_int, c_int),
-    "int8_linear_quantize": (_GEMM, _POINTER, c_int, *[_POINTER] * 4, c_int),
-    "int8_linear_compensated": (_GEMM, _POINTER, _POINTER, c_int, c_float, c_float, _POINTER, c_int, c_int),
-    "quantize_qkv": (_POINTER, c_int, *[_SIZE] * 4, *[_POINTER] * 6, c_int),
-    "int8_attention": (*[_POINTER] * 6, c_float, *[_SIZE] * 5, _POINTER, c_int, c_int),
+    "cpu": {
+        "set_isa": (c_char_p,),
+        "quantize": (*_MATRIX, _POINTER, _POINTER, c_float, c_int, *[_POINTER] * 4, c_int),
+        "quantize_residual": (_POINTER, c_int, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, c_int),
+        "layernorm_quantize": (
+            _POINTER, c_int, _POINTER, c_int, *[_POINTER] * 3, _SIZE, _SIZE, c_float, c_int, c_float, *[_POINTER] * 5,
+            c_int,
+        ),
+        "patchify_quantize": (_POINTER, c_int, *[_SIZE] * 6, *[_POINTER] * 3, c_int),
+        "pack_weight": (_POINTER, _SIZE, _SIZE, _POINTER, c_int),
+        "unpack_weight": (_POINTER, _SIZE, _SIZE, _POINTER, c_int),
+        "int8_mm": (_GEMM, _POINTER, c_int),
+        "int8_linear": (_GEMM, _POINTER, c_int, c_int),
+        "int8_linear_quantize": (_GEMM, _POINTER, c_int, *[_POINTER] * 4, c_int),
+        "int8_linear_compensated": (_GEMM, _POINTER, _POINTER, c_int, c_float, c_float, _POINTER, c_int, c_int),
+        "quantize_qkv": (_POINTER, c_int, *[_SIZE] * 4, *[_POINTER] * 6, c_int),
+        "int8_attention": (*[_POINTER] * 6, c_float, *[_SIZE] * 5, _POINTER, c_int, c_int),
+    },
+    "cuda": {
+        "quantize": (
+            _POINTER, c_int, *[_SIZE] * 3, _POINTER, _POINTER, c_float, c_int, *[_POINTER] * 4, _STREAM,
+        ),
+        "quantize_per_group": (_POINTER, c_int, *[_SIZE] * 3, *[_POINTER] * 3, _STREAM),
+        "quantize_residual": (_POINTER, c_int, *[_SIZE] * 3, *[_POINTER] * 3, _STREAM),
+        "layernorm_quantize": (
+            _POINTER, c_int, _SIZE, _POINTER, c_int, _SIZE, *[_POINTER, c_int] * 3, _SIZE, _SIZE, c_float, c_int,
+            c_float, *[_POINTER] * 5, _STREAM,
+        ),
+        "patchify_quantize": (_POINTER, c_int, *[_SIZE] * 4, _POINTER, _SIZE, _SIZE, *[_POINTER] * 3, _STREAM),
+        "quantize_qkv": (_POINTER, c_int, *[_SIZE] * 6, *[_POINTER] * 6, _STREAM),
+        "quantize_values": (_POINTER, *[_SIZE] * 4, *[_POINTER] * 2, _STREAM),
+        "int8_mm": (_GEMM, _POINTER, _STREAM),
+        "int8_linear": (_GEMM, _POINTER, c_int, _STREAM),
+        "int8_linear_quantize": (_GEMM, *[_POINTER] * 4, _STREAM),
+        "int8_linear_qkv": (_GEMM, _SIZE, _SIZE, *[_POINTER] * 3, _STREAM),
+        "int8_linear_compensated": (_GEMM, _POINTER, _POINTER, c_int, c_float, c_float, _POINTER, c_int, _STREAM),
+        "int8_attention": (*[_POINTER] * 6, c_float, *[_SIZE] * 5, _POINTER, c_int, _STREAM),
+        "int8_attention_quantize": (*[_POINTER] * 6, c_float, *[_SIZE] * 5, *[_POINTER] * 2, _STREAM),
+    },
 }  # fmt: skip
 
-_cpu: ctypes.CDLL | None = None
-_cpu_error: str | None = None
+_loaded: dict[str, ctypes.CDLL | str] = {}
+"""By the library's file: the library, or why it cannot be loaded."""
 
 
 def cpu() -> ctypes.CDLL:
     """The CPU library, loaded on first use. Raises `NativeUnavailableError`."""
-    global _cpu, _cpu_error
-    if _cpu is None:
-        if _cpu_error is None:
-            try:
-                _cpu = _declare(_load_cpu())
-            except (_build.BuildError, OSError) as error:
-                _cpu_error = str(error)
-        if _cpu is None:
-            raise NativeUnavailableError(_cpu_error)
-    return _cpu
+    return _library(CPU)
 
 
-def cpu_unavailable() -> str | None:
-    """Why the CPU library cannot be used, or None if it can."""
+def cuda() -> ctypes.CDLL:
+    """The CUDA library, or its twin on the CPU where `emulating_cuda`. Raises `NativeUnavailableError`."""
+    return _library(CUDA_TWIN if emulating_cuda() else CUDA)
+
+
+def emulating_cuda() -> bool:
+    """Whether VQVIT_CUDA_TWIN=1 asks for the CUDA kernels on the CPU: slow, and to the bit what a GPU computes."""
+    return os.environ.get("VQVIT_CUDA_TWIN") == "1"
+
+
+def unavailable(device: str) -> str | None:
+    """Why the library of a device ("cpu" or "cuda") cannot be used, or None if it can."""
     try:
-        cpu()
+        cpu() if device == "cpu" else cuda()
     except NativeUnavailableError as error:
         return str(error)
     return None
+
+
+def _library(library: Library) -> ctypes.CDLL:
+    if library.file not in _loaded:
+        try:
+            _loaded[library.file] = _declare(_load(library), library.device)
+        except (_build.BuildError, OSError) as error:
+            _loaded[library.file] = str(error)
+    found = _loaded[library.file]
+    if isinstance(found, str):
+        raise NativeUnavailableError(found)
+    return found
 
 
 def csrc_directory() -> Path | None:
@@ -112,29 +152,37 @@ def cache_directory() -> Path:
     return Path(chosen) if chosen else Path.home() / ".cache" / "vqvit"
 
 
-def cached_cpu_library(csrc: Path) -> Path:
+def cached_library(csrc: Path, library: Library) -> Path:
     """The library of these sources, flags and compiler in the cache, built if it is not there."""
-    version = _build.compiler_version(_build.compiler())
-    key = hashlib.sha256(f"{_build.source_hash(csrc)} {version}".encode()).hexdigest()[:16]
-    path = cache_directory() / key / _build.CPU_LIBRARY
+    version = _build.compiler_version(_build.compiler(library))
+    key = hashlib.sha256(f"{_build.source_hash(csrc, library)} {version}".encode()).hexdigest()[:16]
+    path = cache_directory() / key / library.file
     if not path.is_file():
-        logger.info("compiling %s into %s", csrc / "cpu", path)
+        logger.info("compiling %s into %s", csrc / library.device, path)
         start = time.perf_counter()
-        _build.build_cpu(csrc, path)
+        _build.build(csrc, library, path)
         logger.info("compiled in %.1f s", time.perf_counter() - start)
     return path
 
 
-def _load_cpu() -> ctypes.CDLL:
-    csrc, packaged = csrc_directory(), _PACKAGE / "_lib" / _build.CPU_LIBRARY
+def _load(library: Library) -> ctypes.CDLL:
+    csrc, packaged = csrc_directory(), _PACKAGE / "_lib" / library.file
     if packaged.is_file():
-        library = _open(packaged)
-        if csrc is None or _text(library, "source_hash") == _build.source_hash(csrc):
-            return library
+        opened = _open(packaged)
+        if csrc is None or _text(opened, library.device, "source_hash") == _build.source_hash(csrc, library):
+            return opened
         logger.info("%s was built from other sources than %s", packaged, csrc)
     if csrc is None:
-        raise _build.BuildError(f"neither {packaged} nor C++ sources to build it from")
-    return _open(cached_cpu_library(csrc))
+        raise _build.BuildError(f"neither {packaged} nor sources to build it from")
+    if library is CUDA:
+        library = _build.cuda_library((_cuda_arch(),))
+    return _open(cached_library(csrc, library))
+
+
+def _cuda_arch() -> str:
+    """The entry of `_build.CUDA_ARCHS` that serves the current device."""
+    major, minor = torch.cuda.get_device_capability()
+    return "90a" if (major, minor) == (9, 0) else "75" if (major, minor) < (8, 0) else "80"
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -149,24 +197,34 @@ def _open(path: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    for name, argument_types in _SIGNATURES.items():
-        function = getattr(library, f"vqvit_cpu_{name}")
+def _declare(library: ctypes.CDLL, device: str) -> ctypes.CDLL:
+    for name, argument_types in _SIGNATURES[device].items():
+        function = getattr(library, f"vqvit_{device}_{name}")
         function.argtypes, function.restype = argument_types, c_int
     return library
 
 
 def cpu_isa() -> str:
     """Instruction set that the CPU library uses now."""
-    return _text(cpu(), "isa")
+    return _text(cpu(), "cpu", "isa")
 
 
 def cpu_isa_available() -> tuple[str, ...]:
     """Instruction sets this machine can run, best last."""
-    return tuple(_text(cpu(), "isa_available").split(","))
+    return tuple(_text(cpu(), "cpu", "isa_available").split(","))
 
 
-def _text(library: ctypes.CDLL, name: str) -> str:
-    function = getattr(library, f"vqvit_cpu_{name}")
+def run(function, *args) -> None:
+    """Call a function of a library. Raises `RuntimeError` with the reason if its status is not VQVIT_OK."""
+    status = function(*args)
+    if status != 0:
+        reason = STATUS.get(status, str(status))
+        if reason == "CUDA":
+            reason = _text(cuda(), "cuda", "last_error")
+        raise RuntimeError(f"{function.__name__}: {reason}")
+
+
+def _text(library: ctypes.CDLL, device: str, name: str) -> str:
+    function = getattr(library, f"vqvit_{device}_{name}")
     function.argtypes, function.restype = (), c_char_p
     return function().decode()

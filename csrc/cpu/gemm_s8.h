@@ -31,8 +31,8 @@ inline void load_columns(const vqvit_gemm& g, int64_t panel, PanelColumns& c) {
     c.first = panel * kPanel;
     c.count = smaller(g.n - c.first, kPanel);
     copy_columns(c.b_scale, g.b_scale, c);
-    copy_columns(c.bias, g.bias, c);  // a missing bias is zero: fma(acc, scale, 0) = acc · scale
-    copy_columns(c.layer_scale, g.layer_scale, c);
+    copy_columns(c.bias, static_cast<const float*>(g.bias), c);  // a missing bias is zero: fma(acc, scale, 0) = acc · scale
+    copy_columns(c.layer_scale, static_cast<const float*>(g.layer_scale), c);
     copy_columns(c.b_zero, g.b_zero, c);
     copy_columns(c.b_sum, g.b_sum, c);
 }

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: `reference` (torch, any device), `cpu` (C++), `triton`.
+"""Which implementation of an op runs: `reference` (torch, any device), `cpu` (C++), `triton`, `cuda` (C++).
 
 A backend is a module with one function per op, named and parameterised like `vqvit.reference`; `unavailable()`, which
 returns None or the reason why it cannot run; and `device_types()`, whose tensors it takes. The choice per device is
@@ -15,9 +15,9 @@ from vqvit import reference
 
 logger = logging.getLogger("vqvit")
 
-NAMES = ("reference", "cpu", "triton")
+NAMES = ("reference", "cpu", "triton", "cuda")
 
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 """Backends tried for tensors of a device type, best first; other devices run the reference."""
 
 _modules: dict[str, ModuleType] = {"reference": reference}

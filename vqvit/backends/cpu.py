@@ -9,15 +9,14 @@ from torch import Tensor
 
 from vqvit import native, reference
 from vqvit import numerics as nm
-from vqvit.reference import COMPENSATION_TERMS, K_GROUP, PANEL
-
-_ACTIVATION = {name: i for i, name in enumerate(nm.ACTIVATIONS)}
-_TERM_BITS = {mode: sum(bit << i for i, bit in enumerate(terms)) for mode, terms in COMPENSATION_TERMS.items()}
+from vqvit.backends.operands import TERM_BITS, contiguous, dtype_code, fp32, int32, native_gemm, pointer, row_major
+from vqvit.native import run
+from vqvit.reference import K_GROUP, PANEL
 
 
 def unavailable() -> str | None:
     """Why the native library cannot be used, or None if it can."""
-    return native.cpu_unavailable()
+    return native.unavailable("cpu")
 
 
 def device_types() -> tuple[str, ...]:
@@ -68,25 +67,24 @@ def add_layernorm_quantize(
 
 
 def patchify_quantize(pixels, patch_height, patch_width, equalizer=None):
-    pixels, equalizer = pixels.contiguous(), _contiguous(equalizer)
+    pixels, equalizer = pixels.contiguous(), contiguous(equalizer)
     batch, channels, height, width = pixels.shape
     rows = batch * (height // patch_height) * (width // patch_width)
     codes = pixels.new_empty((rows, channels * patch_height * patch_width), dtype=torch.int8)
     scale = pixels.new_empty(rows, dtype=torch.float32)
-    _run(
+    run(
         native.cpu().vqvit_cpu_patchify_quantize,
         pixels.data_ptr(), native.DTYPES[pixels.dtype], batch, channels, height, width, patch_height, patch_width,
-        _pointer(equalizer), codes.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
+        pointer(equalizer), codes.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return codes, scale
 
 
 def int8_mm(a, b):
-    m, k = a.shape
-    acc = a.new_empty((m, b.shape[0]), dtype=torch.int32)
-    a, b = _rows(a), b.contiguous()
-    gemm = native.Gemm(a=a.data_ptr(), b=b.data_ptr(), m=m, n=b.shape[0], k=k, a_stride=a.stride(0))
-    _run(native.cpu().vqvit_cpu_int8_mm, gemm, acc.data_ptr(), torch.get_num_threads())
+    acc = a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
+    gemm, operands = native_gemm(row_major(a), b.contiguous())
+    run(native.cpu().vqvit_cpu_int8_mm, gemm, acc.data_ptr(), torch.get_num_threads())
+    del operands
     return acc
 
 
@@ -104,7 +102,7 @@ def int8_linear(
     )
     out = a.new_empty((gemm.m, gemm.n), dtype=out_dtype)
     threads = torch.get_num_threads()
-    _run(native.cpu().vqvit_cpu_int8_linear, gemm, out.data_ptr(), native.DTYPES[out_dtype], threads)
+    run(native.cpu().vqvit_cpu_int8_linear, gemm, out.data_ptr(), native.DTYPES[out_dtype], threads)
     del operands
     return out
 
@@ -118,17 +116,17 @@ def int8_linear_quantize(
         zero_points = (a_zero, a_sum, b_zero, b_sum)
         y = int8_linear(a, a_scale, b, b_scale, bias, activation, None, None, *zero_points)
         if per_group:
-            return *quantize_per_group(y), _int32(y, (), False), _int32(y, (), False)
+            return *quantize_per_group(y), int32(y, (), False), int32(y, (), False)
         codes, scale, zero_point, sums = _quantize(y, out_scale, 0.0, None, symmetric, row_sum)
         return codes, scale, zero_point, sums
     gemm, operands = _gemm(a, a_scale, b, b_scale, bias, activation, None, None, a_zero, a_sum, b_zero, b_sum)
     m = gemm.m
     codes = a.new_empty((m, gemm.n), dtype=torch.int8)
     scale = a_scale.new_empty(m)
-    zero_point, sums = _int32(a, (m,), not symmetric), _int32(a, (m,), row_sum)
-    _run(
+    zero_point, sums = int32(a, (m,), not symmetric), int32(a, (m,), row_sum)
+    run(
         native.cpu().vqvit_cpu_int8_linear_quantize,
-        gemm, _pointer(out_scale), symmetric, codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
+        gemm, pointer(out_scale), symmetric, codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
         sums.data_ptr() if row_sum else None, torch.get_num_threads(),
     )  # fmt: skip
     del operands
@@ -149,7 +147,7 @@ def quantize_residual(x, codes, scale):
     x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
     out = torch.empty_like(codes)
     rows, k = scale.numel(), x.shape[-1]
-    _run(
+    run(
         native.cpu().vqvit_cpu_quantize_residual,
         x.data_ptr(), native.DTYPES[x.dtype], codes.data_ptr(), scale.data_ptr(), rows, k, out.data_ptr(),
         torch.get_num_threads(),
@@ -162,11 +160,11 @@ def int8_linear_compensated(
 ):
     a = a.contiguous()
     gemm, operands = _gemm(a, a_scale, b, b_scale, bias, "none", None, None, None, None, None, None)
-    a_residual, b_residual = _contiguous(a_residual), _contiguous(b_residual)
+    a_residual, b_residual = contiguous(a_residual), contiguous(b_residual)
     out = a.new_empty((gemm.m, gemm.n), dtype=out_dtype)
-    _run(
+    run(
         native.cpu().vqvit_cpu_int8_linear_compensated,
-        gemm, _pointer(a_residual), _pointer(b_residual), _TERM_BITS[mode], 1 / nm.RESIDUAL_STEPS,
+        gemm, pointer(a_residual), pointer(b_residual), TERM_BITS[mode], 1 / nm.RESIDUAL_STEPS,
         mu / nm.RESIDUAL_STEPS**2, out.data_ptr(), native.DTYPES[out_dtype], torch.get_num_threads(),
     )  # fmt: skip
     del operands
@@ -179,7 +177,7 @@ def quantize_qkv(qkv, num_heads):
     head_dim = width // (3 * num_heads)
     codes = [qkv.new_empty((batch, num_heads, tokens, head_dim), dtype=torch.int8) for _ in range(3)]
     scales = [qkv.new_empty((batch, num_heads, size), dtype=torch.float32) for size in (tokens, tokens, head_dim)]
-    _run(
+    run(
         native.cpu().vqvit_cpu_quantize_qkv,
         qkv.data_ptr(), native.DTYPES[qkv.dtype], batch, tokens, num_heads, head_dim,
         *(t.data_ptr() for t in codes), *(t.data_ptr() for t in scales), torch.get_num_threads(),
@@ -191,7 +189,7 @@ def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch
     batch, heads, queries, width = q.shape
     operands = [t.contiguous() for t in (q, k, v, q_scale, k_scale, v_scale)]
     out = q.new_empty((batch, queries, heads * width), dtype=out_dtype)
-    _run(
+    run(
         native.cpu().vqvit_cpu_int8_attention,
         *(t.data_ptr() for t in operands), sm_scale * nm.LOG2_E, batch, heads, queries, k.shape[2], width,
         out.data_ptr(), native.DTYPES[out_dtype], torch.get_num_threads(),
@@ -203,26 +201,26 @@ def pack_weight(b):
     n, k = b.shape
     b = b.contiguous()
     packed = b.new_empty((-(-n // PANEL), -(-k // K_GROUP) + 1, PANEL, K_GROUP))
-    _run(native.cpu().vqvit_cpu_pack_weight, b.data_ptr(), n, k, packed.data_ptr(), torch.get_num_threads())
+    run(native.cpu().vqvit_cpu_pack_weight, b.data_ptr(), n, k, packed.data_ptr(), torch.get_num_threads())
     return packed
 
 
 def unpack_weight(packed, n, k):
     packed = packed.contiguous()
     b = packed.new_empty((n, k))
-    _run(native.cpu().vqvit_cpu_unpack_weight, packed.data_ptr(), n, k, b.data_ptr(), torch.get_num_threads())
+    run(native.cpu().vqvit_cpu_unpack_weight, packed.data_ptr(), n, k, b.data_ptr(), torch.get_num_threads())
     return b
 
 
 def _quantize(x, static_scale, delta, equalizer, symmetric, row_sum):
-    x, equalizer = x.contiguous(), _contiguous(equalizer)
+    x, equalizer = x.contiguous(), contiguous(equalizer)
     rows, k = x.shape[:-1], x.shape[-1]
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(rows, dtype=torch.float32)
-    zero_point, sums = _int32(x, rows, not symmetric), _int32(x, rows, row_sum)
-    _run(
+    zero_point, sums = int32(x, rows, not symmetric), int32(x, rows, row_sum)
+    run(
         native.cpu().vqvit_cpu_quantize,
-        x.data_ptr(), native.DTYPES[x.dtype], scale.numel(), k, _pointer(equalizer), _pointer(static_scale), delta,
+        x.data_ptr(), native.DTYPES[x.dtype], scale.numel(), k, pointer(equalizer), pointer(static_scale), delta,
         symmetric, codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), sums.data_ptr() if row_sum else None,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -230,19 +228,19 @@ def _quantize(x, static_scale, delta, equalizer, symmetric, row_sum):
 
 
 def _layernorm_quantize(x, residual, weight, bias, eps, layer_scale, delta, static_scale, row_sum, paper):
-    x, weight, bias, layer_scale = x.contiguous(), _fp32(weight), _fp32(bias), _fp32(layer_scale)
-    residual, stream = _contiguous(residual), None
+    x, weight, bias, layer_scale = x.contiguous(), fp32(weight), fp32(bias), fp32(layer_scale)
+    residual, stream = contiguous(residual), None
     if residual is not None:
         stream = torch.empty_like(residual)
     rows = x.shape[:-1]
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(rows, dtype=torch.float32)
-    sums = _int32(x, rows, row_sum)
-    _run(
+    sums = int32(x, rows, row_sum)
+    run(
         native.cpu().vqvit_cpu_layernorm_quantize,
-        x.data_ptr(), native.DTYPES[x.dtype], _pointer(residual), _dtype_code(residual), _pointer(layer_scale),
-        weight.data_ptr(), bias.data_ptr(), scale.numel(), x.shape[-1], eps, paper, delta, _pointer(static_scale),
-        codes.data_ptr(), scale.data_ptr(), sums.data_ptr() if row_sum else None, _pointer(stream),
+        x.data_ptr(), native.DTYPES[x.dtype], pointer(residual), dtype_code(residual), pointer(layer_scale),
+        weight.data_ptr(), bias.data_ptr(), scale.numel(), x.shape[-1], eps, paper, delta, pointer(static_scale),
+        codes.data_ptr(), scale.data_ptr(), sums.data_ptr() if row_sum else None, pointer(stream),
         torch.get_num_threads(),
     )  # fmt: skip
     return codes, scale, sums, stream
@@ -250,43 +248,7 @@ def _layernorm_quantize(x, residual, weight, bias, eps, layer_scale, delta, stat
 
 def _gemm(a, a_scale, b, b_scale, bias, activation, layer_scale, residual, a_zero, a_sum, b_zero, b_sum):
     """struct vqvit_gemm, and the tensors its pointers need alive."""
-    m, k = a.shape
-    a = _rows(a)
-    operands = (
-        a, b.contiguous(), a_scale.contiguous(), b_scale.contiguous(), _fp32(bias), _fp32(layer_scale),
-        _contiguous(residual), _contiguous(a_zero), _contiguous(a_sum), _contiguous(b_zero), _contiguous(b_sum),
+    return native_gemm(
+        row_major(a), b.contiguous(), a_scale, b_scale, fp32(bias), fp32(layer_scale), contiguous(residual),
+        a_zero, a_sum, b_zero, b_sum, activation,
     )  # fmt: skip
-    sizes = (m, b_scale.shape[0], k, a.stride(0))
-    codes = (b.dim() == 4, _ACTIVATION[activation], _dtype_code(residual))
-    return native.Gemm(*map(_pointer, operands), *sizes, *codes), operands
-
-
-def _run(function, *args) -> None:
-    status = function(*args)
-    if status != 0:
-        raise RuntimeError(f"{function.__name__}: {native.STATUS.get(status, status)}")
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _dtype_code(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else native.DTYPES[tensor.dtype]
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _fp32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
-
-
-def _rows(a: Tensor) -> Tensor:
-    """`a` itself if the elements of a row are adjacent (rows may lie apart), else a contiguous copy."""
-    return a if a.stride(-1) == 1 else a.contiguous()
-
-
-def _int32(like: Tensor, shape, wanted: bool) -> Tensor:
-    return like.new_empty(shape if wanted else 0, dtype=torch.int32)

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from vqvit import reference
-from vqvit.kernels.devices import MIN_CAPABILITY, support
+from vqvit.kernels.devices import MIN_CAPABILITY, too_old
 from vqvit.reference import pack_weight, unpack_weight  # noqa: F401  (a layout for CPUs: one implementation)
 
 
@@ -26,7 +26,7 @@ def unavailable() -> str | None:
         return "torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
-        return support(capability)
+        return too_old(capability, MIN_CAPABILITY)
     return None
 
 

@@ -1,0 +1,37 @@
+// The CUDA library's identity, and the reason of its last error.
+#include <string>
+
+#include "device.h"
+#include "vqvit.h"
+
+namespace vqvit {
+namespace {
+
+thread_local std::string last_error;
+
+int failed(const char* reason) {
+    last_error = reason;
+    return VQVIT_CUDA_ERROR;
+}
+
+}  // namespace
+
+#ifdef __CUDACC__
+int cuda_status(cudaError_t error) {
+    if (error == cudaSuccess) return VQVIT_OK;
+    cudaGetLastError();  // or it would be reported again by whoever asks next
+    return failed(cudaGetErrorString(error));
+}
+#else
+int twin_status(const char* error) { return error == nullptr ? VQVIT_OK : failed(error); }
+#endif
+
+}  // namespace vqvit
+
+extern "C" {
+
+const char* vqvit_cuda_source_hash(void) { return VQVIT_SOURCE_HASH; }
+
+const char* vqvit_cuda_last_error(void) { return vqvit::last_error.c_str(); }
+
+}  // extern "C"

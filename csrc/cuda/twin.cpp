@@ -1,0 +1,182 @@
+// Fibres, barriers and collectives of the host's twin; see twin.h.
+#include "twin.h"
+
+#include <ucontext.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace vqvit {
+namespace twin {
+
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kBarriers = 16;
+
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes, valid_bytes;
+};
+
+}  // namespace
+
+struct Fibre {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStackBytes]};
+    Position position;
+    bool done = false;
+    std::vector<std::vector<Copy>> copies;  // committed groups, oldest first; the last one is open
+};
+
+namespace {
+
+struct Warp {
+    const char* what = nullptr;
+    void* arguments[kLanes] = {};
+    int arrived = 0;
+    uint64_t generation = 0;
+};
+
+struct Barrier {
+    int arrived = 0, count = 0;
+    uint64_t generation = 0;
+};
+
+struct Block {
+    std::vector<Warp> warps;
+    Barrier barriers[kBarriers];
+    std::vector<unsigned char> shared;
+    uint64_t events = 0;  // barriers passed, collectives done, threads ended
+    std::string error;
+};
+
+thread_local Fibre* current = nullptr;
+thread_local Block* block = nullptr;
+thread_local ucontext_t scheduler;
+thread_local const std::function<void()>* program = nullptr;
+thread_local std::string last_error;
+
+void enter() {
+    (*program)();
+    current->done = true;
+    ++block->events;
+    swapcontext(&current->context, &scheduler);
+}
+
+[[noreturn]] void fail(const std::string& message) {
+    if (block->error.empty()) block->error = message;
+    current->done = true;
+    for (;;) swapcontext(&current->context, &scheduler);
+}
+
+void start(Fibre& fibre, const Position& position) {
+    fibre.position = position;
+    fibre.done = false;
+    fibre.copies.assign(1, {});
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack.get();
+    fibre.context.uc_stack.ss_size = kStackBytes;
+    fibre.context.uc_link = nullptr;
+    makecontext(&fibre.context, enter, 0);
+}
+
+constexpr size_t kSharedAlignment = 1024;  // of a block's shared memory, as swizzled tiles want it
+
+}  // namespace
+
+const Position& position() { return current->position; }
+
+unsigned char* shared_memory() {
+    const auto address = reinterpret_cast<uintptr_t>(block->shared.data());
+    return reinterpret_cast<unsigned char*>((address + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment);
+}
+
+void yield() { swapcontext(&current->context, &scheduler); }
+
+void warp_collective(const char* what, void* argument, const std::function<void(void* const*)>& act) {
+    const int thread = current->position.thread;
+    Warp& warp = block->warps[static_cast<size_t>(thread / kLanes)];
+    if (warp.arrived > 0 && std::strcmp(warp.what, what) != 0) {
+        fail(std::string("lanes of a warp disagree: ") + warp.what + " and " + what);
+    }
+    warp.what = what;
+    warp.arguments[thread % kLanes] = argument;
+    if (++warp.arrived == kLanes) {
+        act(warp.arguments);
+        warp.arrived = 0;
+        ++warp.generation;
+        ++block->events;
+        return;
+    }
+    for (const uint64_t generation = warp.generation; warp.generation == generation;) yield();
+}
+
+void barrier(int id, int count) {
+    Barrier& b = block->barriers[id];
+    if (b.arrived > 0 && b.count != count) fail("threads disagree on the size of a barrier");
+    b.count = count;
+    if (++b.arrived == count) {
+        b.arrived = 0;
+        ++b.generation;
+        ++block->events;
+        return;
+    }
+    for (const uint64_t generation = b.generation; b.generation == generation;) yield();
+}
+
+void copy_async(void* to, const void* from, int bytes, int valid_bytes) {
+    current->copies.back().push_back({to, from, bytes, valid_bytes});
+}
+
+void copy_async_commit() { current->copies.emplace_back(); }
+
+void copy_async_wait(int groups_left) {
+    auto& groups = current->copies;
+    const auto committed = static_cast<int>(groups.size()) - 1;
+    for (int i = 0; i < committed - groups_left; ++i) {
+        for (const Copy& copy : groups.front()) {
+            std::memset(copy.to, 0, static_cast<size_t>(copy.bytes));
+            std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.valid_bytes));
+        }
+        groups.erase(groups.begin());
+    }
+}
+
+const char* run(Dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
+    std::vector<std::unique_ptr<Fibre>> fibres;
+    for (int i = 0; i < threads; ++i) fibres.emplace_back(new Fibre);
+    program = &body;
+    const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+    for (uint64_t index = 0; index < blocks; ++index) {
+        Block state;
+        state.warps.resize(static_cast<size_t>((threads + kLanes - 1) / kLanes));
+        state.shared.assign(shared_bytes + kSharedAlignment, 0xA5);  // not zero: reading what was not written shows
+        block = &state;
+        const Dim3 at(
+            static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
+            static_cast<unsigned>(index / grid.x / grid.y));
+        for (int i = 0; i < threads; ++i) start(*fibres[static_cast<size_t>(i)], {at, grid, i, threads});
+        for (int left = threads; left > 0 && state.error.empty();) {
+            const uint64_t before = state.events;
+            left = 0;
+            for (int turn = 0; turn < threads && state.error.empty(); ++turn) {
+                current = fibres[static_cast<size_t>(index % 2 ? threads - 1 - turn : turn)].get();
+                if (current->done) continue;
+                swapcontext(&scheduler, &current->context);
+                left += !current->done;
+            }
+            if (left > 0 && state.events == before) state.error = "deadlock: every thread waits";
+        }
+        if (!state.error.empty()) {
+            last_error = state.error;
+            return last_error.c_str();
+        }
+    }
+    return nullptr;
+}
+
+}  // namespace twin
+}  // namespace vqvit

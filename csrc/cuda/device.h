@@ -15,12 +15,14 @@
 #define VQVIT_HOST_DEVICE __host__ __device__ __forceinline__
 #define VQVIT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define VQVIT_UNROLL _Pragma("unroll")
+#define VQVIT_NO_UNROLL _Pragma("unroll 1")
 #else
 #include "twin.h"
 #define VQVIT_DEVICE inline
 #define VQVIT_HOST_DEVICE inline
 #define VQVIT_KERNEL(threads, blocks) void
 #define VQVIT_UNROLL
+#define VQVIT_NO_UNROLL
 #endif
 
 namespace vqvit {

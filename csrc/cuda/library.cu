@@ -1,7 +1,9 @@
-// The CUDA library's identity, and the reason of its last error.
+// The CUDA library's identity, the reason of its last error, and facts of the current device.
+#include <cstdlib>
 #include <string>
 
 #include "device.h"
+#include "library.h"
 #include "vqvit.h"
 
 namespace vqvit {
@@ -22,8 +24,20 @@ int cuda_status(cudaError_t error) {
     cudaGetLastError();  // or it would be reported again by whoever asks next
     return failed(cudaGetErrorString(error));
 }
+
+int multiprocessors() {
+    int device = 0, count = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count > 0 ? count : 1;
+}
 #else
 int twin_status(const char* error) { return error == nullptr ? VQVIT_OK : failed(error); }
+
+int multiprocessors() {
+    const char* count = std::getenv("VQVIT_TWIN_MULTIPROCESSORS");
+    return count == nullptr ? 4 : std::atoi(count);
+}
 #endif
 
 }  // namespace vqvit

@@ -15,8 +15,13 @@ VQVIT_DEVICE float not_a_number() { return from_bits(kNotANumberBits); }
 
 // Round half to even of |x| <= 2^22.
 VQVIT_DEVICE int32_t rne_int(float x) { return bits_of(x + kMagic) - kMagicBits; }
-// The same for |x| < 127.5: the code is the low byte.
-VQVIT_DEVICE int8_t rne_int8(float x) { return static_cast<int8_t>(bits_of(x + kMagic)); }
+// The same for |x| < 127.5: the code is the low byte. A NaN has no code: the twin gives it the low byte of a GPU's NaN.
+VQVIT_DEVICE int8_t rne_int8(float x) {
+#ifndef __CUDACC__
+    if (x != x) return -1;
+#endif
+    return static_cast<int8_t>(bits_of(x + kMagic));
+}
 // int32 |x| < 2^22 as fp32, several times faster than the conversion instruction.
 VQVIT_DEVICE float small_int_to_fp32(int32_t x) { return from_bits(x + kMagicBits) - kMagic; }
 // 2^e for -126 <= e <= 127.

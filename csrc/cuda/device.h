@@ -57,6 +57,16 @@ VQVIT_DEVICE void warp_barrier() {
 VQVIT_DEVICE unsigned char* shared_memory() { return twin::shared_memory(); }
 #endif
 
+// `x` itself, of which the compiler knows nothing: what is computed from it inside a loop stays inside.
+#ifdef __CUDACC__
+VQVIT_DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+#else
+VQVIT_DEVICE int opaque(int x) { return x; }
+#endif
+
 VQVIT_DEVICE int lane_id() { return thread_id() % kWarp; }
 VQVIT_DEVICE int warp_id() { return thread_id() / kWarp; }
 

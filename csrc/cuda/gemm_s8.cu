@@ -220,6 +220,7 @@ int launch_grouped(const GemmTask& task, void* stream) {
 // The tile of most reuse that still gives every multiprocessor a block. Codes by group or head need 128 columns.
 int run_gemm(const GemmTask& task, void* stream) {
     if (task.g.m == 0 || task.g.n == 0) return VQVIT_OK;
+    if (takes_wgmma(task)) return run_gemm_wgmma(task, stream);
     if (task.g.a_groups != 0) return launch_grouped<16, 4, 4, 2>(task, stream);
     const bool whole_rows = task.store == Store::kGroupCodes || task.store == Store::kProjection;
     const auto blocks = [&](int64_t rows, int64_t columns) {

@@ -2,10 +2,9 @@
 //
 // Fragments are those of mma.sync and wgmma alike: a warp holds 16 rows of 8 · NJ columns, acc[j][0..1] of a lane being
 // row lane / 4 and columns 8 j + 2 (lane % 4) ..., acc[j][2..3] the row 8 further down. They go through shared memory
-// once, so that eight lanes hold a row: a lane then has the 4 columns 32 i + 4 (lane % 8) ... of each 32, its column
-// vectors stay in registers over all rows, loads and stores are of whole sectors, and a row's maximum takes three
-// shuffles.
-// Operations for each output: 1 through shared memory, 3 to dequantize, 18 for GELU, 8 for codes.
+// once, so that eight lanes hold a row: a lane then has the 4 columns 32 i + 4 (lane % 8) ... of each 32, loads and stores
+// are of whole sectors, and a row's maximum takes three shuffles.
+// Operations for each output: 1.5 through shared memory, 3 to dequantize, 18 for GELU, 8 for codes.
 #pragma once
 
 #include "numerics.h"
@@ -48,21 +47,24 @@ template <int Columns>
 class Epilogue {
 public:
     static constexpr int kPitch = Columns + 8;  // words: the eight rows of a store of fragments fall in different banks
-    static constexpr int kStagingBytes = 16 * kPitch * 4;
+    static constexpr int kStagingBytes = (16 * kPitch + 2 * Columns) * 4;
 
     VQVIT_DEVICE Epilogue(const GemmTask& task, int64_t first_column, void* staging)
-        : t_(task), g_(task.g), first_column_(first_column), staging_(static_cast<int32_t*>(staging)) {
-        for_each([&](int i, int e) {
-            const int64_t n = column(i, e);
-            const bool inside = n < g_.n;
-            b_scale_[i][e] = inside && g_.b_scale != nullptr ? g_.b_scale[n] : 0.0f;
-            bias_[i][e] = inside && g_.bias != nullptr ? load_float(g_.bias, g_.bias_dtype, n) : 0.0f;
-        });
+        : t_(task), g_(task.g), n_(static_cast<int>(task.g.n)), first_column_(static_cast<int>(first_column)),
+          staging_(static_cast<int32_t*>(staging)),
+          b_scale_(reinterpret_cast<float*>(staging_ + 16 * kPitch)), bias_(b_scale_ + Columns) {
+        warp_barrier();  // the columns before these have been read
+        for (int i = lane_id(); i < Columns; i += kWarp) {
+            const int n = first_column_ + i;
+            const bool inside = n < n_;
+            b_scale_[i] = inside && g_.b_scale != nullptr ? g_.b_scale[n] : 0.0f;
+            bias_[i] = inside && g_.bias != nullptr ? load_float(g_.bias, g_.bias_dtype, n) : 0.0f;
+        }
     }
 
     // acc: int32 sums of 16 · MI rows from first_row on, or fp32 sums that a_scale multiplied by group.
     template <int MI, class Acc>
-    VQVIT_DEVICE void operator()(const Acc (&acc)[MI][Columns / 8][4], int64_t first_row) const {
+    VQVIT_DEVICE void operator()(const Acc (&acc)[MI][Columns / 8][4], int64_t first_row) {
         VQVIT_UNROLL  // or all accumulators stay in registers until the end
         for (int i = 0; i < MI; ++i) {
             warp_barrier();  // the rows before these have been read
@@ -71,6 +73,7 @@ public:
             VQVIT_NO_UNROLL
             for (int first = 0; first < 16; first += 4) {
                 const int row = first + lane_id() / 8;
+                lane_column_ = opaque(4 * (lane_id() % 8));  // or some hundred addresses are kept over the loop
                 finish_row<Acc>(row, first_row + 16 * i + row);
             }
         }
@@ -81,12 +84,13 @@ private:
 
     const GemmTask& t_;
     const vqvit_gemm& g_;
-    const int64_t first_column_;
+    const int n_, first_column_;
     int32_t* const staging_;
-    float b_scale_[kBlocks][4], bias_[kBlocks][4];
+    float* const b_scale_;  // of the columns, in shared memory: in registers they would crowd out accumulators
+    float* const bias_;
+    int lane_column_ = 0;
 
-    VQVIT_DEVICE static int lane_column() { return 4 * (lane_id() % 8); }
-    VQVIT_DEVICE int64_t column(int i, int e) const { return first_column_ + 32 * i + lane_column() + e; }
+    VQVIT_DEVICE int column(int i, int e) const { return first_column_ + 32 * i + lane_column_ + e; }
 
     template <class Body>
     VQVIT_DEVICE static void for_each(const Body& body) {
@@ -116,7 +120,7 @@ private:
         Acc sums[kBlocks][4];
         VQVIT_UNROLL
         for (int i = 0; i < kBlocks; ++i) {
-            const int32_t* from = staging_ + staged * kPitch + 32 * i + lane_column();
+            const int32_t* from = staging_ + staged * kPitch + 32 * i + lane_column_;
             const Pack<Acc, 4> pack = *reinterpret_cast<const Pack<Acc, 4>*>(from);
             VQVIT_UNROLL
             for (int e = 0; e < 4; ++e) sums[i][e] = pack.at[e];
@@ -149,20 +153,23 @@ private:
         const bool inside = m < g_.m;
         if (g_.a_zero != nullptr) {
             const int32_t zero = inside ? g_.a_zero[m] : 0;
-            for_each([&](int i, int e) { acc[i][e] -= column(i, e) < g_.n ? zero * g_.b_sum[column(i, e)] : 0; });
+            for_each([&](int i, int e) { acc[i][e] -= column(i, e) < n_ ? zero * g_.b_sum[column(i, e)] : 0; });
         }
         if (g_.b_zero != nullptr) {
             int32_t sum = inside ? g_.a_sum[m] : 0;
             if (g_.a_zero != nullptr && inside) sum -= static_cast<int32_t>(g_.k) * g_.a_zero[m];
-            for_each([&](int i, int e) { acc[i][e] -= column(i, e) < g_.n ? sum * g_.b_zero[column(i, e)] : 0; });
+            for_each([&](int i, int e) { acc[i][e] -= column(i, e) < n_ ? sum * g_.b_zero[column(i, e)] : 0; });
         }
         const float a_scale = inside ? g_.a_scale[m] : 0.0f;
-        for_each([&](int i, int e) {
-            y[i][e] = fmaf(static_cast<float>(acc[i][e]), a_scale * b_scale_[i][e], bias_[i][e]);
-        });
+        for_each([&](int i, int e) { y[i][e] = fmaf(static_cast<float>(acc[i][e]), a_scale * b_scale(i, e), bias(i, e)); });
     }
     VQVIT_DEVICE void dequantize(float (&sums)[kBlocks][4], float (&y)[kBlocks][4], int64_t) const {
-        for_each([&](int i, int e) { y[i][e] = fmaf(sums[i][e], b_scale_[i][e], bias_[i][e]); });
+        for_each([&](int i, int e) { y[i][e] = fmaf(sums[i][e], b_scale(i, e), bias(i, e)); });
+    }
+    VQVIT_DEVICE float b_scale(int i, int e) const { return four(b_scale_, i).at[e]; }
+    VQVIT_DEVICE float bias(int i, int e) const { return four(bias_, i).at[e]; }
+    VQVIT_DEVICE Pack<float, 4> four(const float* columns, int i) const {
+        return *reinterpret_cast<const Pack<float, 4>*>(columns + 32 * i + lane_column_);
     }
 
     template <int Kind>
@@ -189,7 +196,7 @@ private:
     // Elements 4 columns at a time where n and the address allow, else one by one.
     template <class T>
     VQVIT_DEVICE bool whole(const T* p, int i) const {
-        return column(i, 4) <= g_.n && reinterpret_cast<uintptr_t>(p) % sizeof(Pack<T, 4>) == 0;
+        return column(i, 4) <= n_ && reinterpret_cast<uintptr_t>(p) % sizeof(Pack<T, 4>) == 0;
     }
 
     template <class T>
@@ -204,7 +211,7 @@ private:
             } else if (m < g_.m) {
                 VQVIT_UNROLL
                 for (int e = 0; e < 4; ++e) {
-                    if (column(i, e) < g_.n) residual.at[e] = from[e];
+                    if (column(i, e) < n_) residual.at[e] = from[e];
                 }
             }
             VQVIT_UNROLL
@@ -215,7 +222,7 @@ private:
         }
     }
     VQVIT_DEVICE float layer_scale(int i, int e) const {
-        return column(i, e) < g_.n ? load_float(g_.layer_scale, g_.layer_scale_dtype, column(i, e)) : 0.0f;
+        return column(i, e) < n_ ? load_float(g_.layer_scale, g_.layer_scale_dtype, column(i, e)) : 0.0f;
     }
     VQVIT_DEVICE void add_residual(float (&y)[kBlocks][4], int64_t m) const {
         if (g_.residual == nullptr) {
@@ -238,14 +245,14 @@ private:
         }
         VQVIT_UNROLL
         for (int e = 0; e < 4; ++e) {
-            if (column(i, e) < g_.n) to[e] = pack.at[e];
+            if (column(i, e) < n_) to[e] = pack.at[e];
         }
     }
     template <class T, class Value>
     VQVIT_DEVICE void store_floats(int64_t m, const Value& value) const {
         if (m >= g_.m) return;
         VQVIT_UNROLL
-        for (int i = 0; i < kBlocks; ++i) store_pack(static_cast<T*>(t_.out) + m * g_.n + column(i, 0), i, value);
+        for (int i = 0; i < kBlocks; ++i) store_pack(static_cast<T*>(t_.out) + m * n_ + column(i, 0), i, value);
     }
     template <class T>
     VQVIT_DEVICE void store_as(const float (&y)[kBlocks][4], int64_t m) const {
@@ -260,7 +267,7 @@ private:
         for (int i = first; i < first + Count; ++i) {
             VQVIT_UNROLL
             for (int e = 0; e < 4; ++e) {
-                const int32_t bits = column(i, e) < g_.n ? magnitude_bits(y[i][e]) : 0;
+                const int32_t bits = column(i, e) < n_ ? magnitude_bits(y[i][e]) : 0;
                 largest = bits > largest ? bits : largest;
             }
         }
@@ -276,7 +283,7 @@ private:
         for_each([&](int i, int e) { codes[i][e] = encode(y[i][e]); });
         if (t_.row_sum != nullptr) {
             int32_t sum = 0;
-            for_each([&](int i, int e) { sum += column(i, e) < g_.n ? codes[i][e] : 0; });
+            for_each([&](int i, int e) { sum += column(i, e) < n_ ? codes[i][e] : 0; });
             sum = group_sum<8>(sum);
             if (writes) atomic_add(t_.row_sum + m, sum);
         }
@@ -290,19 +297,19 @@ private:
         VQVIT_UNROLL
         for (int first = 0; first < kBlocks; first += kCount) {
             const float scale = symmetric_scale(largest_bits<kCount>(y, first));
-            const int64_t segment = (first_column_ + 32 * first) / Width;
-            if (m >= g_.m || first_column_ + 32 * first >= g_.n) continue;
+            const int segment = (first_column_ + 32 * first) / Width;
+            if (m >= g_.m || first_column_ + 32 * first >= n_) continue;
             int8_t* to = static_cast<int8_t*>(t_.out);
             if (t_.store == Store::kGroupCodes) {
-                to += m * g_.n + first_column_ + 32 * first;
-                if (lane_id() % 8 == 0) t_.scale[m * ((g_.n + kGroup - 1) / kGroup) + segment] = scale;
+                to += m * n_ + first_column_ + 32 * first;
+                if (lane_id() % 8 == 0) t_.scale[m * ((n_ + kGroup - 1) / kGroup) + segment] = scale;
             } else if (segment < 2 * t_.heads) {
                 const int64_t image = segment / t_.heads * (g_.m / t_.tokens) + m / t_.tokens;
                 const int64_t row = (image * t_.heads + segment % t_.heads) * t_.tokens + m % t_.tokens;
                 to += row * Width;
                 if (lane_id() % 8 == 0) t_.scale[row] = scale;
             } else {
-                float* v = t_.v + (m * t_.heads + segment - 2 * t_.heads) * Width + lane_column();
+                float* v = t_.v + (m * t_.heads + segment - 2 * t_.heads) * Width + lane_column_;
                 VQVIT_UNROLL
                 for (int i = 0; i < kCount; ++i) store_pack(v + 32 * i, first + i, [&](int b, int e) { return y[b][e]; });
                 continue;
@@ -310,13 +317,17 @@ private:
             const Encoder encode = Encoder::in_range(scale);
             VQVIT_UNROLL
             for (int i = 0; i < kCount; ++i) {
-                store_pack(to + 32 * i + lane_column(), first + i, [&](int b, int e) {
+                store_pack(to + 32 * i + lane_column_, first + i, [&](int b, int e) {
                     return encode(scale == scale ? y[b][e] : 0.0f);
                 });
             }
         }
     }
 };
+
+// gemm_s8_wgmma.cu: whether the current device and the operands suit it, and the GEMM.
+bool takes_wgmma(const GemmTask& task);
+int run_gemm_wgmma(const GemmTask& task, void* stream);
 
 // Tile (row, column) number of a block: `kTileRows` rows of tiles are walked column by column, to share operands in L2.
 constexpr int64_t kTileRows = 8;

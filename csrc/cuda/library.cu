@@ -3,6 +3,7 @@
 #include <string>
 
 #include "device.h"
+#include "hopper.h"
 #include "library.h"
 #include "vqvit.h"
 
@@ -25,18 +26,63 @@ int cuda_status(cudaError_t error) {
     return failed(cudaGetErrorString(error));
 }
 
-int multiprocessors() {
-    int device = 0, count = 0;
+namespace {
+
+int device_attribute(cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
     cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&value, attribute, device);
+    return value;
+}
+
+}  // namespace
+
+int multiprocessors() {
+    const int count = device_attribute(cudaDevAttrMultiProcessorCount);
     return count > 0 ? count : 1;
+}
+
+int compute_capability() {
+    return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+           device_attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
+int describe_tensor(TensorMap* map, const int8_t* data, int64_t rows, int64_t k, int64_t stride, int box_rows) {
+    using Encode = decltype(&cuTensorMapEncodeTiled);
+    void* function = nullptr;  // of the driver, which the library does not link
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    if (error != cudaSuccess) return cuda_status(error);
+    if (found != cudaDriverEntryPointSuccess) return failed("the driver has no cuTensorMapEncodeTiled");
+    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)};
+    const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride)};
+    const cuuint32_t box[] = {kSwizzleBytes, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+    const CUresult result = reinterpret_cast<Encode>(function)(
+        &map->map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<int8_t*>(data), sizes, strides, box, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? VQVIT_OK : failed("cuTensorMapEncodeTiled refused an operand");
 }
 #else
 int twin_status(const char* error) { return error == nullptr ? VQVIT_OK : failed(error); }
 
-int multiprocessors() {
-    const char* count = std::getenv("VQVIT_TWIN_MULTIPROCESSORS");
-    return count == nullptr ? 4 : std::atoi(count);
+namespace {
+
+int setting(const char* name, int otherwise) {
+    const char* value = std::getenv(name);
+    return value == nullptr ? otherwise : std::atoi(value);
+}
+
+}  // namespace
+
+int multiprocessors() { return setting("VQVIT_TWIN_MULTIPROCESSORS", 4); }
+
+int compute_capability() { return setting("VQVIT_TWIN_ARCH", 80); }
+
+int describe_tensor(TensorMap* map, const int8_t* data, int64_t rows, int64_t k, int64_t stride, int box_rows) {
+    *map = {data, rows, k, stride, box_rows};
+    return VQVIT_OK;
 }
 #endif
 

@@ -15,10 +15,16 @@ namespace {
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kBarriers = 16;
 
-struct Copy {
-    void* to;
-    const void* from;
-    int bytes, valid_bytes;
+// Groups of work, oldest first; the last one is open.
+struct Later {
+    std::vector<std::vector<std::function<void()>>> groups{1};
+
+    void run(int groups_left) {
+        while (static_cast<int>(groups.size()) - 1 > groups_left) {
+            for (const auto& work : groups.front()) work();
+            groups.erase(groups.begin());
+        }
+    }
 };
 
 }  // namespace
@@ -28,7 +34,7 @@ struct Fibre {
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     Position position;
     bool done = false;
-    std::vector<std::vector<Copy>> copies;  // committed groups, oldest first; the last one is open
+    Later copies, products;
 };
 
 namespace {
@@ -75,7 +81,7 @@ void enter() {
 void start(Fibre& fibre, const Position& position) {
     fibre.position = position;
     fibre.done = false;
-    fibre.copies.assign(1, {});
+    fibre.copies = fibre.products = Later{};
     getcontext(&fibre.context);
     fibre.context.uc_stack.ss_sp = fibre.stack.get();
     fibre.context.uc_stack.ss_size = kStackBytes;
@@ -128,22 +134,23 @@ void barrier(int id, int count) {
 }
 
 void copy_async(void* to, const void* from, int bytes, int valid_bytes) {
-    current->copies.back().push_back({to, from, bytes, valid_bytes});
+    current->copies.groups.back().push_back([=] {
+        std::memset(to, 0, static_cast<size_t>(bytes));
+        std::memcpy(to, from, static_cast<size_t>(valid_bytes));
+    });
 }
 
-void copy_async_commit() { current->copies.emplace_back(); }
+void copy_async_commit() { current->copies.groups.emplace_back(); }
 
-void copy_async_wait(int groups_left) {
-    auto& groups = current->copies;
-    const auto committed = static_cast<int>(groups.size()) - 1;
-    for (int i = 0; i < committed - groups_left; ++i) {
-        for (const Copy& copy : groups.front()) {
-            std::memset(copy.to, 0, static_cast<size_t>(copy.bytes));
-            std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.valid_bytes));
-        }
-        groups.erase(groups.begin());
-    }
-}
+void copy_async_wait(int groups_left) { current->copies.run(groups_left); }
+
+void later(std::function<void()> work) { current->products.groups.back().push_back(std::move(work)); }
+
+void commit_later() { current->products.groups.emplace_back(); }
+
+void run_later(int groups_left) { current->products.run(groups_left); }
+
+void note_event() { ++block->events; }
 
 const char* run(Dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
     std::vector<std::unique_ptr<Fibre>> fibres;

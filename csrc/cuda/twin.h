@@ -44,10 +44,18 @@ void warp_collective(const char* what, void* argument, const std::function<void(
 // Blocks until `count` threads have arrived at barrier `id` of the block.
 void barrier(int id, int count);
 
-// Asynchronous copies of the calling thread.
+// Copies of the calling thread, done when they are waited for, in groups.
 void copy_async(void* to, const void* from, int bytes, int valid_bytes);
 void copy_async_commit();
 void copy_async_wait(int groups_left);
+
+// Work of the calling thread that is done when it is waited for, in groups.
+void later(std::function<void()> work);
+void commit_later();
+void run_later(int groups_left);
+
+// Something happened that another thread may be waiting for.
+void note_event();
 
 // Runs `body` on every thread of a grid. Returns null, or what went wrong.
 const char* run(Dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body);

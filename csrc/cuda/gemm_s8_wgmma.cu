@@ -1,0 +1,230 @@
+// INT8 GEMM for Hopper: wgmma on tiles that TMA copies, two consumer warpgroups in ping-pong (formulas: gemm_s8.cu).
+//
+// Grid: one block a multiprocessor, which walks tiles of 64 · MI rows and 128 columns. Warpgroup 0 fills a ring of stages
+// of 128 bytes of K; warpgroups 1 and 2 take turns: one multiplies its tile while the other finishes the one before, so
+// that an epilogue as long as the main loop (GELU and codes at K = 768) hides under it. Only the copies order the two:
+// the stages of a tile follow those of the tile before.
+// With group scales a stage is a group: its products land in one of two sets of registers, and while the next stage is
+// multiplied into the other one, they are promoted to fp32.
+// Shared memory: stages, swizzled over 128 bytes as wgmma reads them, and 8.5 KiB for each consumer warp's epilogue.
+// Operations: 2 · M · N · K int8. Bytes: (64 · MI + 128) · K a tile from L2.
+#include "gemm_s8.h"
+#include "hopper.h"
+#include "library.h"
+
+namespace vqvit {
+namespace {
+
+constexpr int kColumns = kWgmmaColumns, kStageK = kSwizzleBytes;
+constexpr int kConsumers = 2, kConsumerWarps = 4;
+constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;  // 2 · 240 + 24 <= 65536 / 128
+using Finish = Epilogue<kColumns>;
+
+template <int MI>
+struct Ring {
+    static constexpr int kRows = 64 * MI;
+    static constexpr int kStageBytes = (kRows + kColumns) * kStageK;
+    static constexpr int kStages = MI == 1 ? 6 : 4;
+    static constexpr int kStagingBytes = kConsumers * kConsumerWarps * Finish::kStagingBytes;
+    static constexpr int kSharedBytes =
+        kStages * kStageBytes + kStagingBytes + 2 * kStages * static_cast<int>(sizeof(SharedBarrier));
+
+    int8_t* stages = reinterpret_cast<int8_t*>(shared_memory());
+    unsigned char* staging = shared_memory() + kStages * kStageBytes;
+    SharedBarrier* full = reinterpret_cast<SharedBarrier*>(staging + kStagingBytes);
+    SharedBarrier* empty = full + kStages;
+
+    // Use number `use` of the ring, counted over all tiles of the block.
+    VQVIT_DEVICE static int stage(int use) { return use % kStages; }
+    VQVIT_DEVICE static int parity(int use) { return use / kStages % 2; }
+    VQVIT_DEVICE int8_t* a(int use) const { return stages + stage(use) * kStageBytes; }
+    VQVIT_DEVICE int8_t* b(int use) const { return a(use) + kRows * kStageK; }
+
+    VQVIT_DEVICE void init() const {
+        if (thread_id() == 0) {
+            for (int s = 0; s < kStages; ++s) {
+                barrier_init(full + s, 1);
+                barrier_init(empty + s, kConsumerWarps);
+            }
+            barrier_init_done();
+        }
+        block_barrier();
+    }
+
+    VQVIT_DEVICE void fill(int use, const TensorMap& a_map, const TensorMap& b_map, int k, int row, int column) const {
+        SharedBarrier* barrier = full + stage(use);
+        barrier_wait(empty + stage(use), parity(use) ^ 1);
+        barrier_expect(barrier, kStageBytes);
+        copy_box(a(use), a_map, k, row, barrier);
+        copy_box(b(use), b_map, k, column, barrier);
+    }
+
+    // The calling warp no longer reads the stage of `use`.
+    VQVIT_DEVICE void release(int use) const {
+        if (lane_id() == 0) barrier_arrive(empty + stage(use));
+    }
+
+    // Queue the products of a stage as one group.
+    VQVIT_DEVICE void multiply(int use, int32_t (&acc)[MI][kColumns / 8][4], bool add) const {
+        barrier_wait(full + stage(use), parity(use));
+        wgmma_fence();
+        VQVIT_UNROLL
+        for (int k = 0; k < kStageK; k += 32) {
+            VQVIT_UNROLL
+            for (int i = 0; i < MI; ++i) wgmma_s8(acc[i], a(use) + i * 64 * kStageK + k, b(use) + k, add || k > 0);
+        }
+        wgmma_commit();
+    }
+};
+
+template <int GroupsLeft, int MI>
+VQVIT_DEVICE void wait_all(int32_t (&acc)[MI][kColumns / 8][4]) {
+    VQVIT_UNROLL
+    for (int i = 0; i < MI; ++i) wgmma_wait<GroupsLeft>(acc[i]);
+}
+
+// Rows 64 i + 16 w ... of a tile are the fragments acc[i] of warp w.
+template <int MI, class Acc>
+VQVIT_DEVICE void finish_tile(Finish& finish, Acc (&acc)[MI][kColumns / 8][4], int64_t first_row) {
+    const int warp = thread_id() % kWarpgroup / kWarp;
+    VQVIT_UNROLL
+    for (int i = 0; i < MI; ++i) {
+        finish(reinterpret_cast<Acc(&)[1][kColumns / 8][4]>(acc[i]), first_row + 64 * i + 16 * warp);
+    }
+}
+
+// One scale a row: sums of the whole of K.
+template <int MI>
+VQVIT_DEVICE void plain_tile(const Ring<MI>& ring, Finish& finish, int64_t first_row, int first_use, int steps) {
+    int32_t acc[MI][kColumns / 8][4];
+    for (int step = 0; step < steps; ++step) {
+        ring.multiply(first_use + step, acc, step > 0);
+        if (step == 0) continue;
+        wait_all<1>(acc);
+        ring.release(first_use + step - 1);
+    }
+    wait_all<0>(acc);
+    ring.release(first_use + steps - 1);
+    finish_tile(finish, acc, first_row);
+}
+
+// A scale for each row and stage.
+VQVIT_DEVICE void grouped_tile(
+    const GemmTask& task, const Ring<1>& ring, Finish& finish, int64_t first_row, int first_use, int steps) {
+    const int64_t groups = ceil_div(task.g.k, kGroup);
+    const int64_t row = first_row + 16 * (thread_id() % kWarpgroup / kWarp) + lane_id() / 4;
+    const auto scale_of = [&](int64_t m, int step) { return m < task.g.m ? task.g.a_scale[m * groups + step] : 0.0f; };
+    float sum[1][kColumns / 8][4] = {};
+    int32_t even[1][kColumns / 8][4], odd[1][kColumns / 8][4];
+
+    const auto promote = [&](int32_t (&acc)[1][kColumns / 8][4], int step) {
+        const float scale[2] = {scale_of(row, step), scale_of(row + 8, step)};
+        ring.release(first_use + step);
+        VQVIT_UNROLL
+        for (int j = 0; j < kColumns / 8; ++j) {
+            VQVIT_UNROLL
+            for (int i = 0; i < 4; ++i) {  // |acc| <= 128 · 127² < 2^22
+                sum[0][j][i] = fmaf(small_int_to_fp32(acc[0][j][i]), scale[i / 2], sum[0][j][i]);
+            }
+        }
+    };
+    ring.multiply(first_use, even, false);
+    int step = 0;
+    for (; step + 2 < steps; step += 2) {
+        ring.multiply(first_use + step + 1, odd, false);
+        wait_all<1>(even);
+        promote(even, step);
+        ring.multiply(first_use + step + 2, even, false);
+        wait_all<1>(odd);
+        promote(odd, step + 1);
+    }
+    if (step + 1 < steps) {
+        ring.multiply(first_use + step + 1, odd, false);
+        wait_all<1>(even);
+        promote(even, step);
+        wait_all<0>(odd);
+        promote(odd, step + 1);
+    } else {
+        wait_all<0>(even);
+        promote(even, step);
+    }
+    finish_tile(finish, sum, first_row);
+}
+
+#ifdef __CUDACC__
+#define VQVIT_GRID_CONSTANT __grid_constant__
+#else
+#define VQVIT_GRID_CONSTANT
+#endif
+
+template <int MI, bool Grouped>
+VQVIT_KERNEL(kThreads, 1)
+wgmma_kernel(
+    const VQVIT_GRID_CONSTANT TensorMap a_map, const VQVIT_GRID_CONSTANT TensorMap b_map,
+    const VQVIT_GRID_CONSTANT GemmTask task) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    const Ring<MI> ring;
+    ring.init();
+    const int64_t tiles_m = ceil_div(task.g.m, Ring<MI>::kRows), tiles_n = ceil_div(task.g.n, kColumns);
+    const auto steps = static_cast<int>(ceil_div(task.g.k, kStageK));
+    const int warpgroup = thread_id() / kWarpgroup;
+    if (warpgroup == 0) {
+        lower_registers<kProducerRegisters>();
+        if (thread_id() != 0) return;
+        prefetch(a_map);
+        prefetch(b_map);
+        int use = 0;
+        for (int64_t index = block_x(); index < tiles_m * tiles_n; index += grid_x()) {
+            const TileIndex tile = tile_index(index, tiles_m, tiles_n);
+            const auto row = static_cast<int>(tile.row * Ring<MI>::kRows), column = static_cast<int>(tile.column * kColumns);
+            for (int step = 0; step < steps; ++step) ring.fill(use++, a_map, b_map, step * kStageK, row, column);
+        }
+        return;
+    }
+    raise_registers<kConsumerRegisters>();
+    unsigned char* staging = ring.staging + (warp_id() - kConsumerWarps) * Finish::kStagingBytes;
+    int turn = warpgroup - 1;
+    for (int64_t index = block_x() + turn * grid_x(); index < tiles_m * tiles_n; index += kConsumers * grid_x()) {
+        const TileIndex tile = tile_index(index, tiles_m, tiles_n);
+        Finish finish(task, tile.column * kColumns, staging);
+        const int64_t first_row = tile.row * Ring<MI>::kRows;
+        if constexpr (Grouped) {
+            grouped_tile(task, ring, finish, first_row, turn * steps, steps);
+        } else {
+            plain_tile<MI>(ring, finish, first_row, turn * steps, steps);
+        }
+        turn += kConsumers;
+    }
+#endif
+}
+
+template <int MI, bool Grouped>
+int launch_wgmma(const GemmTask& task, void* stream) {
+    const vqvit_gemm& g = task.g;
+    TensorMap a, b;
+    if (const int status = describe_tensor(&a, g.a, g.m, g.k, g.a_stride, Ring<MI>::kRows)) return status;
+    if (const int status = describe_tensor(&b, g.b, g.n, g.k, g.k, kColumns)) return status;
+    const int64_t tiles = ceil_div(g.m, Ring<MI>::kRows) * ceil_div(g.n, kColumns);
+    const auto blocks = static_cast<unsigned>(tiles < multiprocessors() ? tiles : multiprocessors());
+    return launch(wgmma_kernel<MI, Grouped>, Dim3(blocks), kThreads, Ring<MI>::kSharedBytes, stream, a, b, task);
+}
+
+bool aligned_16(const int8_t* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace
+
+bool takes_wgmma(const GemmTask& task) {
+    const vqvit_gemm& g = task.g;
+    const bool boxes = g.k % 16 == 0 && g.a_stride % 16 == 0 && aligned_16(g.a) && aligned_16(g.b);
+    // Fewer tiles than that leave multiprocessors idle, which the small tiles of mma.sync fill.
+    return compute_capability() == 90 && boxes && ceil_div(g.m, 64) * ceil_div(g.n, kColumns) >= multiprocessors() / 2;
+}
+
+int run_gemm_wgmma(const GemmTask& task, void* stream) {
+    if (task.g.a_groups != 0) return launch_wgmma<1, true>(task, stream);
+    const int64_t large = ceil_div(task.g.m, 128) * ceil_div(task.g.n, kColumns);
+    return large >= multiprocessors() ? launch_wgmma<2, false>(task, stream) : launch_wgmma<1, false>(task, stream);
+}
+
+}  // namespace vqvit

@@ -29,6 +29,8 @@ namespace vqvit {
 
 constexpr int kWarp = 32;
 
+VQVIT_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // ---- positions, barriers --------------------------------------------------------------------------------------------
 
 #ifdef __CUDACC__

@@ -62,7 +62,7 @@ public:
         }
     }
 
-    // acc: int32 sums of 16 · MI rows from first_row on, or fp32 sums that a_scale multiplied by group.
+    // acc: int32 or fp32 sums of 16 · MI rows from first_row on.
     template <int MI, class Acc>
     VQVIT_DEVICE void operator()(const Acc (&acc)[MI][Columns / 8][4], int64_t first_row) {
         VQVIT_UNROLL  // or all accumulators stay in registers until the end
@@ -160,11 +160,13 @@ private:
             if (g_.a_zero != nullptr && inside) sum -= static_cast<int32_t>(g_.k) * g_.a_zero[m];
             for_each([&](int i, int e) { acc[i][e] -= column(i, e) < n_ ? sum * g_.b_zero[column(i, e)] : 0; });
         }
-        const float a_scale = inside ? g_.a_scale[m] : 0.0f;
-        for_each([&](int i, int e) { y[i][e] = fmaf(static_cast<float>(acc[i][e]), a_scale * b_scale(i, e), bias(i, e)); });
+        float sums[kBlocks][4];
+        for_each([&](int i, int e) { sums[i][e] = static_cast<float>(acc[i][e]); });
+        dequantize(sums, y, m);
     }
-    VQVIT_DEVICE void dequantize(float (&sums)[kBlocks][4], float (&y)[kBlocks][4], int64_t) const {
-        for_each([&](int i, int e) { y[i][e] = fmaf(sums[i][e], b_scale(i, e), bias(i, e)); });
+    VQVIT_DEVICE void dequantize(float (&sums)[kBlocks][4], float (&y)[kBlocks][4], int64_t m) const {
+        const float a_scale = g_.a_groups != 0 ? 1.0f : m < g_.m ? g_.a_scale[m] : 0.0f;  // by group: already in the sums
+        for_each([&](int i, int e) { y[i][e] = fmaf(sums[i][e], a_scale * b_scale(i, e), bias(i, e)); });
     }
     VQVIT_DEVICE float b_scale(int i, int e) const { return four(b_scale_, i).at[e]; }
     VQVIT_DEVICE float bias(int i, int e) const { return four(bias_, i).at[e]; }
@@ -342,7 +344,5 @@ VQVIT_HOST_DEVICE TileIndex tile_index(int64_t tile, int64_t tiles_m, int64_t ti
     const int64_t rows = tiles_m - first < kTileRows ? tiles_m - first : kTileRows;
     return {first + tile % in_group % rows, tile % in_group / rows};
 }
-
-VQVIT_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace vqvit

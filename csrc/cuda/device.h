@@ -173,16 +173,24 @@ VQVIT_DEVICE void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
     } argument{d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
     twin::warp_collective(UnsignedA ? "mma_u8s8" : "mma_s8", &argument, [](void* const* lanes) {
         const auto lane = [&](int i) { return static_cast<const Argument*>(lanes[i]); };
-        const auto byte = [](uint32_t word, int i) { return static_cast<uint8_t>(word >> (8 * i)); };
+        int32_t a_rows[16][32], b_rows[8][32];
+        const auto unpack = [](int32_t* to, uint32_t word, bool is_unsigned) {
+            for (int i = 0; i < 4; ++i) {
+                const auto byte = static_cast<uint8_t>(word >> (8 * i));
+                to[i] = is_unsigned ? int32_t{byte} : int32_t{static_cast<int8_t>(byte)};
+            }
+        };
+        for (int i = 0; i < kWarp; ++i) {
+            const int g = i / 4, c = 4 * (i % 4);
+            for (int part = 0; part < 4; ++part) {
+                unpack(a_rows[g + part % 2 * 8] + part / 2 * 16 + c, lane(i)->a[part], UnsignedA);
+            }
+            for (int half = 0; half < 2; ++half) unpack(b_rows[g] + 16 * half + c, lane(i)->b[half], false);
+        }
         for (int row = 0; row < 16; ++row) {
             for (int column = 0; column < 8; ++column) {
                 int32_t sum = 0;
-                for (int k = 0; k < 32; ++k) {
-                    const int c = k % 16 / 4, half = k / 16;
-                    const uint8_t u = byte(lane(row % 8 * 4 + c)->a[row / 8 + 2 * half], k % 4);
-                    const auto b = static_cast<int8_t>(byte(lane(column * 4 + c)->b[half], k % 4));
-                    sum += (UnsignedA ? int32_t{u} : int32_t{static_cast<int8_t>(u)}) * b;
-                }
+                for (int k = 0; k < 32; ++k) sum += a_rows[row][k] * b_rows[column][k];
                 lane(row % 8 * 4 + column / 2)->d[row / 8 * 2 + column % 2] += sum;
             }
         }

@@ -1,7 +1,9 @@
 // Fibres, barriers and collectives of the host's twin; see twin.h.
 #include "twin.h"
 
+#ifndef __x86_64__
 #include <ucontext.h>
+#endif
 
 #include <memory>
 #include <string>
@@ -11,6 +13,57 @@ namespace vqvit {
 namespace twin {
 
 namespace {
+
+// A place to go on from. ucontext asks the system at every switch; on x86-64 it takes the registers that a call keeps.
+#ifdef __x86_64__
+using Context = void*;  // the stack pointer
+
+extern "C" void vqvit_twin_switch(Context* from, Context to);
+asm(R"(
+    .text
+    .local vqvit_twin_switch
+    .type vqvit_twin_switch, @function
+vqvit_twin_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+
+void switch_to(Context& from, Context& to) { vqvit_twin_switch(&from, to); }
+
+void prepare(Context& context, char* stack, size_t bytes, void (*enter)()) {
+    auto top = reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15};
+    auto* words = reinterpret_cast<uintptr_t*>(top);
+    *--words = 0;  // the return address that `enter` never uses
+    *--words = reinterpret_cast<uintptr_t>(enter);
+    for (int i = 0; i < 6; ++i) *--words = 0;
+    context = words;
+}
+#else
+using Context = ucontext_t;
+
+void switch_to(Context& from, Context& to) { swapcontext(&from, &to); }
+
+void prepare(Context& context, char* stack, size_t bytes, void (*enter)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = bytes;
+    context.uc_link = nullptr;
+    makecontext(&context, enter, 0);
+}
+#endif
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kBarriers = 16;
@@ -30,7 +83,7 @@ struct Later {
 }  // namespace
 
 struct Fibre {
-    ucontext_t context;
+    Context context;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     Position position;
     bool done = false;
@@ -61,7 +114,7 @@ struct Block {
 
 thread_local Fibre* current = nullptr;
 thread_local Block* block = nullptr;
-thread_local ucontext_t scheduler;
+thread_local Context scheduler;
 thread_local const std::function<void()>* program = nullptr;
 thread_local std::string last_error;
 
@@ -69,24 +122,20 @@ void enter() {
     (*program)();
     current->done = true;
     ++block->events;
-    swapcontext(&current->context, &scheduler);
+    switch_to(current->context, scheduler);
 }
 
 [[noreturn]] void fail(const std::string& message) {
     if (block->error.empty()) block->error = message;
     current->done = true;
-    for (;;) swapcontext(&current->context, &scheduler);
+    for (;;) switch_to(current->context, scheduler);
 }
 
 void start(Fibre& fibre, const Position& position) {
     fibre.position = position;
     fibre.done = false;
     fibre.copies = fibre.products = Later{};
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack.get();
-    fibre.context.uc_stack.ss_size = kStackBytes;
-    fibre.context.uc_link = nullptr;
-    makecontext(&fibre.context, enter, 0);
+    prepare(fibre.context, fibre.stack.get(), kStackBytes, enter);
 }
 
 constexpr size_t kSharedAlignment = 1024;  // of a block's shared memory, as swizzled tiles want it
@@ -100,12 +149,12 @@ unsigned char* shared_memory() {
     return reinterpret_cast<unsigned char*>((address + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment);
 }
 
-void yield() { swapcontext(&current->context, &scheduler); }
+void yield() { switch_to(current->context, scheduler); }
 
 void warp_collective(const char* what, void* argument, const std::function<void(void* const*)>& act) {
     const int thread = current->position.thread;
     Warp& warp = block->warps[static_cast<size_t>(thread / kLanes)];
-    if (warp.arrived > 0 && std::strcmp(warp.what, what) != 0) {
+    if (warp.arrived > 0 && warp.what != what && std::strcmp(warp.what, what) != 0) {
         fail(std::string("lanes of a warp disagree: ") + warp.what + " and " + what);
     }
     warp.what = what;
@@ -172,7 +221,7 @@ const char* run(Dim3 grid, int threads, size_t shared_bytes, const std::function
             for (int turn = 0; turn < threads && state.error.empty(); ++turn) {
                 current = fibres[static_cast<size_t>(index % 2 ? threads - 1 - turn : turn)].get();
                 if (current->done) continue;
-                swapcontext(&scheduler, &current->context);
+                switch_to(scheduler, current->context);
                 left += !current->done;
             }
             if (left > 0 && state.events == before) state.error = "deadlock: every thread waits";

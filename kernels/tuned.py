@@ -64,7 +64,8 @@ class Table:
 
     @functools.cached_property
     def _by_key(self) -> dict[Launch, object]:
-        return {self._key(launch): config for launch, config in self.choices.items()}
+        ascending = sorted(self.choices, key=lambda launch: launch.m)
+        return {self._key(launch): self.choices[launch] for launch in ascending}
 
     def _key(self, launch: Launch) -> Launch:
         return launch if self.source == "predicted" else Launch(launch.kind, bucket(launch.m), launch.shape)

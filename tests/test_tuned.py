@@ -77,6 +77,12 @@ def test_choose_takes_the_measured_config_in_its_bucket_and_elsewhere_predicts(t
     assert gemm_s8.choose(ODD, 1576, 768, 3072, 4) is gemm_s8.RAGGED_CONFIG
 
 
+@pytest.mark.parametrize("order", [(196, 197), (197, 196)])
+def test_of_two_measurements_in_a_bucket_the_larger_m_counts(order):
+    choices = {tuned.Launch("gemm", m, (768, 768)): m for m in order}
+    assert tuned.Table(ODD, "measured", {}, choices).find(tuned.Launch("gemm", 200, (768, 768))) == 197
+
+
 def test_a_predicted_entry_holds_for_its_very_m(tmp_path):
     user_table(tmp_path, source="predicted")
     assert tuned.find(ODD, GEMM) is gemm_s8.GEMM_CONFIGS[90][2]

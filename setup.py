@@ -57,7 +57,10 @@ mapped |= {f"vqvit._csrc.{path.name}": f"csrc/{path.name}" for path in (ROOT / "
 setup(
     packages=[*find_packages(include=["vqvit", "vqvit.*"]), *mapped],
     package_dir=mapped,
-    package_data={"vqvit._csrc": ["*.h", "**/*.h", "**/*.cpp", "**/*.cu", "**/*.cuh"]},
+    package_data={
+        "vqvit._csrc": ["*.h", "**/*.h", "**/*.cpp", "**/*.cu", "**/*.cuh"],
+        "vqvit.kernels": ["tables/*.json"],
+    },
     exclude_package_data={"": ["__pycache__"]},
     ext_modules=[Extension(name, sources=[], optional=True) for name in LIBRARIES],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},

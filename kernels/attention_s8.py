@@ -24,7 +24,8 @@ import triton.language as tl
 
 from vqvit import numerics as contract
 from vqvit.kernels import numerics as nm
-from vqvit.kernels.launch import EXACT, device_of, on
+from vqvit.kernels import tuned
+from vqvit.kernels.launch import EXACT, Device, device_of, on
 from vqvit.kernels.quantize import quantize_per_group
 
 # p + CODE_MAGIC rounds p to e; its bits are CODE_BITS + e, and the low byte of bits is lo - 128, that of
@@ -260,15 +261,41 @@ GROUP_HEAD_DIMS = (64, 128)
 """Heads that fill a group of columns, in pairs or alone."""
 
 
+def fits_one_launch(head_dim: int, keys: int) -> bool:
+    """Pairs of heads in two passes do not: they spill at 4 warps, and at 8 one block takes every register."""
+    return head_dim in GROUP_HEAD_DIMS and (choose(head_dim, keys)[1] or head_dim == contract.GROUP)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Of `int8_attention_quantize`: one, or attention and then its quantization."""
+
+    count: int
+
+
+LAUNCHES = (Launches(1), Launches(2))
+
+
+def predict_launches(device: Device, m: int, heads: int, head_dim: int, queries: int, keys: int) -> Launches:
+    """Two where one would leave multiprocessors idle. m: queries of all images."""
+    config, _, _ = choose(head_dim, keys)
+    tiles = triton.cdiv(queries, config.block_m) * (m // max(1, queries))
+    return LAUNCHES[tiles * triton.cdiv(heads * head_dim, contract.GROUP) < device.sms]
+
+
+def choose_launches(device: Device, m: int, shape: tuple[int, ...]) -> Launches:
+    """Those of a tuned table, else the predicted ones. shape: heads, head dimension, queries, keys."""
+    found = tuned.find(device, tuned.Launch("attention_quantize", m, shape))
+    return found or predict_launches(device, m, *shape)
+
+
 def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
     batch, heads, queries, dim = q.shape
     c, one_pass, block_n = choose(dim, k.shape[2])
     groups = triton.cdiv(heads * dim, contract.GROUP)
     programs = triton.cdiv(queries, c.block_m) * batch * groups
-    # Two launches where one would leave multiprocessors idle, and for pairs in two passes, which spill at 4 warps and
-    # at 8 take every register of a multiprocessor for one block.
-    one_launch = dim in GROUP_HEAD_DIMS and (one_pass or dim == contract.GROUP)
-    if not one_launch or programs < device_of(q).sms:
+    shape = heads, dim, queries, k.shape[2]
+    if not fits_one_launch(dim, k.shape[2]) or choose_launches(device_of(q), batch * queries, shape).count == 2:
         return quantize_per_group(int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale).flatten(0, 1))
     codes = torch.empty((batch * queries, heads * dim), dtype=torch.int8, device=q.device)
     scale = torch.empty((batch * queries, groups), dtype=torch.float32, device=q.device)

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from vqvit import numerics as contract
 from vqvit.kernels import numerics as nm
+from vqvit.kernels import tuned
 from vqvit.kernels.gemm_s8_epilogue import epilogue
 from vqvit.kernels.launch import EXACT, INTERPRETER, Device, absent, device_of, on, row_major, vector
 from vqvit.kernels.quantize import quantize_per_token
@@ -106,11 +107,17 @@ def wave_cycles(c: GemmConfig, blocks: int, k: int) -> float:
     return max(blocks * tensor, blocks * l2, blocks * epilogue, tensor + k / c.block_k * STEP_CYCLES + epilogue)
 
 
-@functools.cache
 def choose(device: Device, m: int, n: int, k: int, unit: int, groups: bool = False) -> GemmConfig:
-    """The config whose waves of tiles take the least time; ties go to the earlier entry. `groups`: on either side."""
+    """The config of a tuned table, else the predicted one. `groups`: on either side."""
     if unit < 16 and device.arch != INTERPRETER:
         return RAGGED_GROUP_CONFIG if groups else RAGGED_CONFIG
+    launch = tuned.Launch("gemm_groups" if groups else "gemm", m, (n, k))
+    return tuned.find(device, launch) or predict(device, m, n, k, groups)
+
+
+@functools.cache
+def predict(device: Device, m: int, n: int, k: int, groups: bool = False) -> GemmConfig:
+    """The config whose waves of tiles take the least time; ties go to the earlier entry."""
 
     def cycles(c: GemmConfig) -> float:
         full_waves, rest = divmod(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n), device.sms * c.ctas)

@@ -24,7 +24,7 @@ LAYERS = (
     {"calibration", "hf"},
     {"checkpoint"},
     {"engines"},
-    {"memory"},
+    {"memory", "tuning"},
     {"demo"},
     {"commands"},
     {"cli"},

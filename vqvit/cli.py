@@ -1,4 +1,4 @@
-"""The command line: `vqvit quantize | eval | bench | inspect | env | demo`.
+"""The command line: `vqvit quantize | eval | bench | tune | inspect | env | demo`.
 
 Results go to stdout, as text or (`--json`) as one JSON object; progress and errors go to stderr. Exit status: 0, or 2
 after an error.
@@ -13,12 +13,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from vqvit.commands import bench, demo, env, evaluate, inspect, quantize
+from vqvit.commands import bench, demo, env, evaluate, inspect, quantize, tune
 
 COMMANDS = {
     "quantize": quantize,
     "eval": evaluate,
     "bench": bench,
+    "tune": tune,
     "inspect": inspect,
     "env": env,
     "demo": demo,

@@ -49,17 +49,21 @@ ARCHITECTURES = {
 """Models that `vqvit bench --arch` builds with random weights: latency and size do not depend on their values."""
 
 
-def random_model(arch: str, seed: int = 0) -> nn.Module:
-    """An fp32 model of `ARCHITECTURES` in eval mode, with transformers' initial weights for `seed`."""
+def random_model(arch: str, seed: int = 0, blocks: int | None = None) -> nn.Module:
+    """An fp32 model of `ARCHITECTURES` in eval mode, with transformers' initial weights for `seed`.
+
+    `blocks`: how many, if not as many as the architecture has.
+    """
     if arch not in ARCHITECTURES:
         raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}; got {arch!r}")
     import transformers
 
     chosen = ARCHITECTURES[arch]
+    fields = chosen.config if blocks is None else {**chosen.config, "num_hidden_layers": blocks}
     model_class = getattr(transformers, chosen.model_class)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model_class(model_class.config_class(**chosen.config)).eval()
+        return model_class(model_class.config_class(**fields)).eval()
 
 
 def is_quantized_folder(folder: str | Path) -> bool:

@@ -1,7 +1,9 @@
 """Latency of several candidates under the same conditions: interleaved, so that drift of the machine hits all alike."""
 
+import itertools
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -10,6 +12,12 @@ from tqdm import tqdm
 
 WARMUP_ROUNDS = 2
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+
+COLD_BYTES = 64 * 2**20
+"""More than the L2 cache of any GPU here: operand sets rotate until they exceed it, so that a call reads from DRAM."""
+
+LAUNCHES = 20
+"""Calls in one timed CUDA graph: enough that starting it does not show."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,62 @@ def interleaved(
             if round_index + 1 >= min_rounds and time.perf_counter() > end:
                 break
     return {name: _latency(values) for name, values in samples.items()}
+
+
+def operand_sets(footprint: int) -> int:
+    """Sets of operands, of so many bytes each, that calls have to rotate through to find none of them in a cache."""
+    return min(LAUNCHES, COLD_BYTES // max(1, footprint) + 1)
+
+
+def back_to_back(calls: Sequence[Callable[[], object]], device: torch.device | str) -> Callable[[], float]:
+    """A timer: runs `calls` one after the other and returns microseconds a call.
+
+    On a GPU it replays one CUDA graph of `LAUNCHES` calls, taken from `calls` in turn, so that launches do not show;
+    elsewhere it reads the clock around each of them once.
+    """
+    if torch.device(device).type != "cuda":
+
+        def clocked() -> float:
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            return (time.perf_counter() - start) / len(calls) * 1e6
+
+        return clocked
+    turns = list(itertools.islice(itertools.cycle(calls), LAUNCHES))
+    for call in calls:
+        call()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in turns:
+            call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replayed() -> float:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / len(turns) * 1e3
+
+    return replayed
+
+
+def take_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, tuple[float, float, float]]:
+    """(median, p20, p80) of what each timer returns, one call of each a round after one unmeasured round."""
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    for round_index in range(rounds + 1):
+        for name, timer in timers.items():
+            value = timer()
+            if round_index:
+                samples[name].append(value)
+    summary = {}
+    for name, values in samples.items():
+        ordered = sorted(values)
+        low, high = ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
+        summary[name] = (statistics.median(ordered), low, high)
+    return summary
 
 
 def synchronize(device: torch.device | str) -> None:

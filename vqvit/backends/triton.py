@@ -11,9 +11,12 @@ from types import ModuleType
 
 import torch
 
-from vqvit import reference
+from vqvit import native, reference
 from vqvit.kernels.devices import MIN_CAPABILITY, too_old
 from vqvit.reference import pack_weight, unpack_weight  # noqa: F401  (a layout for CPUs: one implementation)
+
+TABLES = "tuned"
+"""Folder of the cache that holds the tables of `vqvit tune`."""
 
 
 def unavailable() -> str | None:
@@ -41,6 +44,7 @@ def _interpreting() -> bool:
 
 @functools.cache
 def _kernels(family: str) -> ModuleType:
+    importlib.import_module("vqvit.kernels.tuned").search(native.cache_directory() / TABLES)
     return importlib.import_module(f"vqvit.kernels.{family}")
 
 

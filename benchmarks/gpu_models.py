@@ -1,0 +1,234 @@
+"""Sections `models`, `guard`, `timeline` and `tune` of gpu.py: whole models, and the tiles that they should use."""
+
+import contextlib
+import copy
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import roofline
+import torch
+from gpu_timing import Run
+from torch import Tensor, nn
+
+import vqvit
+from vqvit import engines, runtime, tuning
+from vqvit.timing import back_to_back, take_turns
+
+TARGETS = {("vit-b16", 1): 1.6, ("vit-b16", 8): 1.7, ("vit-b16", 64): 2.0, ("vit-b16", 256): 2.05} | {
+    ("vit-l16", 1): 1.7, ("vit-l16", 8): 1.8, ("vit-l16", 64): 2.1, ("vit-l16", 256): 2.15,
+}  # fmt: skip
+"""The project's targets: speed-up over compiled bf16 with fused attention, on an H200."""
+
+Engine = tuple[str, str]
+"""A name, and the backend that its vqvit ops run on, or "torch"."""
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def model_cases(run: Run) -> list[tuple[str, list[int]]]:
+    if not run.cuda:
+        return [("tiny", [1])]
+    if run.quick:
+        return [("vit-b16", [64, 1])]
+    return [("vit-b16", [64, 1, 256, 8]), ("vit-l16", [64, 1, 256, 8]), ("dinov2-s", [64, 1])]
+
+
+def float_model(run: Run, arch: str) -> nn.Module:
+    """In bf16 on the device."""
+    if arch != "tiny":
+        return engines.random_model(arch).to(run.device, torch.bfloat16)
+    from transformers import ViTConfig, ViTForImageClassification
+
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 128}
+    return ViTForImageClassification(ViTConfig(image_size=64, **shape)).eval().to(run.device, torch.bfloat16)
+
+
+def pixels_for(run: Run, batch: int) -> Tensor:
+    side = 224 if run.cuda else 64
+    return torch.randn(batch, 3, side, side, device=run.device, dtype=torch.bfloat16)
+
+
+def forced(backend: str) -> contextlib.AbstractContextManager:
+    """vqvit ops run on `backend`; "torch" has none. Entering it takes microseconds: keep it out of timings."""
+    return contextlib.nullcontext() if backend == "torch" else vqvit.backend(backend)
+
+
+def contenders(run: Run, arch: str) -> tuple[dict[Engine, nn.Module], dict[str, str]]:
+    """Engines for one architecture, weights in bf16, and why others are missing."""
+    half = float_model(run, arch)
+    quantized = copy.deepcopy(half)
+    vqvit.quantize_(quantized, tuning.GROUPED)
+    models: dict[Engine, nn.Module] = {("bf16 eager", "torch"): half}
+    for backend in run.backends:
+        models["vqvit eager", backend] = quantized
+        if run.cuda:  # of its own: a graph keeps the kernels that it was captured with
+            models["vqvit graphed", backend] = runtime.graphed(quantized)
+    if run.cuda:
+        mode = "reduce-overhead" if run.quick else "max-autotune"
+        models[f"bf16 {mode}", "torch"] = torch.compile(half, mode=mode)
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+        from torchao.quantization import quantize_ as torchao_quantize
+    except ImportError as error:
+        return models, {"torchao int8": str(error)}
+    peer = copy.deepcopy(half)
+    torchao_quantize(peer, Int8DynamicActivationInt8WeightConfig())
+    models["torchao int8", "torch"] = torch.compile(peer, mode="max-autotune") if run.cuda else peer
+    return models, {}
+
+
+def models(run: Run) -> Iterator[dict]:
+    """Latency, images a second and memory of whole models."""
+    for arch, batches in model_cases(run):
+        if run.late:
+            return
+        found, missing = contenders(run, arch)
+        for name, reason in missing.items():
+            yield model_row(arch, "", (name, "torch"), note=f"missing: {reason}")
+        for batch in batches:
+            pixels = pixels_for(run, batch)
+            timers, memory = {}, {}
+            for engine, model in found.items():
+                if run.late:
+                    yield model_row(arch, batch, engine, note="skipped: out of time")
+                    continue
+                try:
+                    timers[engine], memory[engine] = model_timer(run, model, engine[1], pixels)
+                except Exception as error:  # a peer may fail in any way: the row says how
+                    yield model_row(arch, batch, engine, note=f"{type(error).__name__}: {str(error)[:160]}")
+            times = take_turns(timers, (5 if run.quick else 15) if run.cuda else 2) if timers else {}
+            floats = [t[0] for (name, _), t in times.items() if name.startswith("bf16")]
+            for engine, (median, low, high) in times.items():
+                ratio = min(floats) / median if floats else None
+                yield model_row(arch, batch, engine, median, low, high, ratio, memory[engine])
+
+
+def model_timer(run: Run, model: nn.Module, backend: str, pixels: Tensor) -> tuple[Callable[[], float], float]:
+    """A call that returns microseconds of one forward pass, and the peak memory of a pass in MB."""
+    synchronize = torch.cuda.synchronize if run.cuda else lambda: None
+
+    def once() -> float:
+        with forced(backend), torch.inference_mode():
+            synchronize()
+            start = time.perf_counter()
+            model(pixels)
+            synchronize()
+            return (time.perf_counter() - start) * 1e6
+
+    for _ in range(3):
+        once()
+    if not run.cuda:
+        return once, 0.0
+    torch.cuda.reset_peak_memory_stats()
+    once()
+    return once, torch.cuda.max_memory_allocated() / 1e6
+
+
+def model_row(arch, batch, engine, median=None, low=None, high=None, ratio=None, memory=None, note="") -> dict:
+    known, (name, backend) = median is not None, engine
+    graphed = name == "vqvit graphed"
+    shape = roofline.SHAPES.get(arch)
+    predicted = ""
+    if known and shape and graphed:
+        predicted = f"{roofline.model_us(roofline.GPUS['h200'], shape, batch, 8):.0f}"
+    return {"arch": arch, "batch": batch, "engine": name, "backend": backend, "us": f"{median:.1f}" if known else "",
+            "p20": f"{low:.1f}" if known else "", "p80": f"{high:.1f}" if known else "",
+            "images_per_s": f"{batch / median * 1e6:.0f}" if known else "",
+            "over_best_bf16": f"{ratio:.2f}" if ratio else "",
+            "target": TARGETS.get((arch, batch), "") if graphed else "", "predicted_us": predicted,
+            "peak_memory_mb": f"{memory:.0f}" if memory else "", "note": note}  # fmt: skip
+
+
+# ---- guard ----------------------------------------------------------------------------------------------------------
+
+
+def guard(run: Run) -> Iterator[dict]:
+    """What `min_speedup=1.0` puts back in one model: eager calls, as a user quantizes."""
+    arch, batches = ("vit-b16", (64, 1)) if run.cuda else ("tiny", (1,))
+    for batch, backend in itertools.product(batches[:1] if run.quick else batches, run.backends):
+        if run.late:
+            return
+        model = float_model(run, arch)
+        with vqvit.backend(backend):
+            report = vqvit.quantize_(model, tuning.GROUPED, min_speedup=1.0, sample=pixels_for(run, batch))
+        for layer in report.layers:
+            yield {"arch": arch, "batch": batch, "backend": backend, "layer": layer.name, "role": layer.role,
+                   "status": layer.status, "reason": layer.reason}  # fmt: skip
+
+
+# ---- timeline -------------------------------------------------------------------------------------------------------
+
+
+def timeline(run: Run) -> Iterator[dict]:
+    """Time by kernel of one forward pass, divided by the blocks."""
+    from torch.profiler import ProfilerActivity, profile
+
+    arch = "vit-b16" if run.cuda else "tiny"
+    blocks = roofline.SHAPES[arch].blocks if run.cuda else 2
+    activity = ProfilerActivity.CUDA if run.cuda else ProfilerActivity.CPU
+    if run.late:
+        return
+    found, _ = contenders(run, arch)
+    eager = [engine for engine in found if engine[0].endswith("eager")]
+    for batch, engine in itertools.product((1, 64) if run.cuda else (1,), eager):
+        if run.late:
+            return
+        pixels = pixels_for(run, batch)
+        with forced(engine[1]), torch.inference_mode():
+            found[engine](pixels)
+            with profile(activities=[activity]) as profiled:
+                found[engine](pixels)
+                if run.cuda:
+                    torch.cuda.synchronize()
+        field = "self_device_time_total" if run.cuda else "self_cpu_time_total"
+        events = [(getattr(e, field), e.count, e.key) for e in profiled.key_averages() if getattr(e, field) > 0]
+        whole = sum(us for us, _, _ in events)
+        for us, count, kernel in sorted(events, reverse=True)[:15]:
+            yield {"arch": arch, "batch": batch, "engine": engine[0], "backend": engine[1], "kernel": kernel[:100],
+                   "calls": count, "us_per_block": f"{us / blocks:.2f}", "share": f"{us / whole:.3f}"}  # fmt: skip
+
+
+# ---- tune -----------------------------------------------------------------------------------------------------------
+
+
+def clocked(candidates: dict, device: torch.device) -> dict[str, float]:
+    """A `tuning.Timer` for rehearsals: one call of each."""
+    timers = {name: back_to_back(calls[:1], device) for name, calls in candidates.items()}
+    return {name: median for name, (median, _, _) in take_turns(timers, 1).items()}
+
+
+def tune(run: Run, folder: Path) -> Iterator[dict]:
+    """`vqvit tune` for ViT-B and ViT-L: FOLDER/tuned-<device>.json holds what was measured so far."""
+    from vqvit.kernels import launch, tuned
+
+    gpu = launch.cuda_device(run.device.index) if run.cuda else launch.Device(launch.INTERPRETER, 1)
+    capability = torch.cuda.get_device_capability(run.device) if run.cuda else (0, 0)
+    facts = tuning.facts(torch.cuda.get_device_name(run.device) if run.cuda else "interpreter", capability)
+    path, choices = folder / f"tuned-{tuned.file_name(gpu)}", []
+    with contextlib.closing(tune_calls(run)) as calls:
+        for choice in tuning.measure(calls, gpu, run.device, tuning.medians if run.cuda else clocked):
+            choices.append(choice)
+            tuning.write(path, tuning.table(choices, gpu, "measured", facts))
+            row = tuning.row(choice)
+            times = row["us"]
+            gain = f"{times[row['predicted']] / times[row['chosen']]:.3f}" if times else ""
+            yield {"kind": row["kind"], "m": row["m"], "shape": "x".join(map(str, row["shape"])),
+                   "us": " ".join(f"{us:.2f}" for us in times), "predicted": row["predicted"],
+                   "chosen": row["chosen"], "gain": gain, "wrong": int(bool(row["problem"])),
+                   "note": row["problem"]}  # fmt: skip
+
+
+def tune_calls(run: Run) -> Iterator[tuning.Call]:
+    """Calls to measure while there is time, the largest batches first, as they gain most."""
+    if not run.cuda:
+        yield from tuning.record(tuning.quantized(float_model(run, "tiny")), [pixels_for(run, 1)])
+        return
+    for arch in ("vit-b16",) if run.quick else ("vit-b16", "vit-l16"):
+        models = tuning.models_of(arch, run.device)
+        for batch in (64, 1) if run.quick else (256, 64, 1, 8):
+            for call in tuning.record(models, [pixels_for(run, batch)]):
+                if run.late:
+                    return
+                yield call

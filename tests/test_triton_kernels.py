@@ -49,13 +49,19 @@ def test_every_gemm_tile_gives_the_same_bits(monkeypatch, config, static):
     assert_same_bits(received, expected)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize(("shares", "k"), [(2, 272), (3, 396), (8, 1040)], ids=["2", "3_ragged", "8_or_fewer"])
+SMALL_TILE = "sm_90-64x64"
+
+
+@pytest.mark.parametrize(
+    ("config", "shares", "k"),
+    [pytest.param(c, 3, 396, id=f"{name}-3") for name, c in CONFIGS.items()]
+    + [pytest.param(CONFIGS[SMALL_TILE], s, k, id=f"{SMALL_TILE}-{s}") for s, k in ((2, 272), (8, 1040), (8, 768))],
+)
 def test_shares_of_k_give_the_same_bits(monkeypatch, config, shares, k):
     monkeypatch.setattr(gemm_s8, "choose", lambda *_: dataclasses.replace(config, split_k=shares))
     reductions = []
     monkeypatch.setattr(gemm_s8, "reduce_shares", lambda *a: reductions.append(a) or reduce_shares(*a))
-    m, n = 70, 260
+    m, n = 70, 140
     a_scale = torch.rand(m) * 1e-3
     a_scale[3] = torch.nan
     operands = codes(m, k), a_scale, codes(n, k), torch.rand(n), torch.randn(n)
@@ -69,13 +75,13 @@ def test_shares_of_k_give_the_same_bits(monkeypatch, config, shares, k):
     assert len(partial) == 3 and all(1 < p.shape[0] <= shares for p in partial)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("split_k", [1, *gemm_s8.SPLITS])
 @pytest.mark.parametrize("k", [16, 384, 400, 768, 3072])
-def test_shares_cover_k_and_none_is_empty(config, split_k, k):
-    share_k, shares = gemm_s8.k_shares(dataclasses.replace(config, split_k=split_k), k)
-    assert share_k % config.block_k == 0 and shares <= split_k
-    assert share_k * (shares - 1) < k <= share_k * shares
+def test_shares_cover_k_and_none_is_empty(split_k, k):
+    for config in CONFIGS.values():
+        share_k, shares = gemm_s8.k_shares(dataclasses.replace(config, split_k=split_k), k)
+        assert share_k % config.block_k == 0 and shares <= split_k
+        assert share_k * (shares - 1) < k <= share_k * shares
 
 
 def assert_same_bits(received, expected):

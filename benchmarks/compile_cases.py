@@ -1,5 +1,6 @@
 """The calls that `compile_gate.py` compiles: every shipped Triton kernel, config and option, on meta tensors."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,9 +50,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def linear(c: gemm_s8.GemmConfig, n: int, k: int, grouped: bool = False, **store: object) -> None:
+def linear(c: gemm_s8.GemmConfig, n: int, k: int, grouped: bool = False, m: int = 12608, **store: object) -> None:
     """A GEMM of 64 images of ViT-B with tiles `c`: GELU and an int8 store as `store` says, else residual and fp16."""
-    m, half, int8 = 12608, torch.float16, torch.int8
+    half, int8 = torch.float16, torch.int8
     a_scale = meta(m, -(-k // GROUP)) if grouped else meta(m)
     operands = meta(m, k, dtype=int8), a_scale, meta(n, k, dtype=int8), meta(n)
     vector = meta(n, dtype=half)
@@ -73,6 +74,13 @@ def gemm_cases(row: int, tensor_core: str) -> Iterator[Case]:
         yield Case(f"int8_linear_quantize gelu static {tile}", store, tensor_core, c.ctas)
         residual = functools.partial(linear, c, k, n)
         yield Case(f"int8_linear residual fp16 {tile}", residual, tensor_core, c.ctas)
+        split = functools.partial(linear, dataclasses.replace(c, split_k=4), k, n, m=197)
+        yield Case(f"int8_linear residual fp16 split K {tile}", split, tensor_core, c.ctas)
+
+    for shares, m_, n_, k_ in ((2, 197, n, 600), (8, 197, k, n), (2, 1, 1, n)):
+        c = dataclasses.replace(gemm_s8.GEMM_CONFIGS[row][-1], split_k=shares)
+        store = functools.partial(linear, c, n_, k_, m=m_, out_scale=meta(), row_sum=True)
+        yield Case(f"int8_linear_quantize gelu static {m_}x{n_} split K {shares}", store, tensor_core, c.ctas)
 
     def compensated():
         a, b = meta(m, k, dtype=int8), meta(k, k, dtype=int8)

@@ -37,12 +37,25 @@ from vqvit.provenance import append_csv, environment
 INEXACT = r"\b(?:div\.full|div\.approx|sqrt\.approx|rsqrt|rcp\.approx|ex2|lg2|tanh)\S*|\b\w+\.\S*ftz\S*"
 """PTX instructions that round otherwise than the contract says."""
 
+COPIES = {"async_copies": "LDGSTS", "tma_copies": "UTMALDG", "plain_loads": "LDG"}
+
+SASS_LINE = r"^(\.L_\w+):|^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]+);"
+"""A label, or the instruction behind an address and a predicate."""
+
+TENSOR_CORE_SASS = r"\bI(?:G?MMA)\b"
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a kernel compiled to. ctas_per_sm: blocks that registers, shared memory and warps allow at once."""
+    """What a kernel compiled to, counted in its SASS as written: an instruction of a loop once, both sides of a branch.
+
+    ctas_per_sm: blocks that registers, shared memory and warps allow at once. async_copies, tma_copies, plain_loads:
+    LDGSTS, UTMALDG and LDG. loop_instructions: of the innermost loop around the tensor-core instructions, its main
+    loop; epilogue_per_output: what a GEMM has behind that loop, over the outputs that a thread owns (rare paths, such
+    as that of a tile with NaN, included). Both are None without such a loop.
+    """
 
     case: str
     arch: int
@@ -56,7 +69,12 @@ class Report:
     ctas_per_sm: int
     tensor_core: str
     tensor_core_count: int
+    async_copies: int
+    tma_copies: int
+    plain_loads: int
     instructions: int
+    loop_instructions: int | None
+    epilogue_per_output: float | None
     seconds: float
     problems: str
 
@@ -139,6 +157,12 @@ def _report(case: Case, arch: int, kernel: JITFunction, options: dict, compiled,
         problems.append("inexact: " + " ".join(sorted(inexact)))
     if compiled.metadata.enable_fp_fusion:
         problems.append("multiplications and additions may fuse")
+    code = instructions_of(sass)
+    loop = main_loop(code)
+    epilogue = None
+    if loop and {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= options.keys():
+        outputs = options["BLOCK_M"] * options["BLOCK_N"] / (32 * num_warps)
+        epilogue = round((len(code) - loop.stop) / outputs, 1)
     config = " ".join(f"{k}={v}" for k, v in options.items() if k.isupper())
     return Report(
         case=case.name,
@@ -153,10 +177,36 @@ def _report(case: Case, arch: int, kernel: JITFunction, options: dict, compiled,
         ctas_per_sm=ctas,
         tensor_core=instructions[0] if instructions else "",
         tensor_core_count=len(instructions),
-        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
+        **{column: sum(name in line.split()[0].split(".") for line in code) for column, name in COPIES.items()},
+        instructions=len(code),
+        loop_instructions=len(loop) if loop else None,
+        epilogue_per_output=epilogue,
         seconds=round(seconds, 2),
         problems="; ".join(problems),
     )
+
+
+def instructions_of(sass: str) -> list[str]:
+    """Opcode and operands of each instruction, without its predicate; the target of a branch as its index, @INDEX."""
+    code, labels = [], {}
+    for label, text in re.findall(SASS_LINE, sass, re.MULTILINE):
+        if label:
+            labels[label] = len(code)
+        elif not text.startswith("NOP"):
+            code.append(text.strip())
+    return [re.sub(r"`\((\.L_\w+)\)", lambda m: f"@{labels[m[1]]}", text) for text in code]
+
+
+def main_loop(code: list[str]) -> range | None:
+    """The innermost loop that holds tensor-core instructions: from a label to the branch that jumps back to it."""
+    loops = []
+    for end, text in enumerate(code):
+        target = re.match(r"BRA\b.*@(\d+)", text)
+        if target and int(target[1]) < end:
+            body = range(int(target[1]), end + 1)
+            if any(re.match(TENSOR_CORE_SASS, code[i]) for i in body):
+                loops.append(body)
+    return min(loops, key=len, default=None)
 
 
 def _tool(name: str, *arguments: object) -> str:
@@ -167,6 +217,8 @@ def line(r: Report) -> str:
     return (
         f"sm_{r.arch} {r.case:46} {r.kernel:26} warps {r.num_warps} stages {r.num_stages} registers {r.registers:3}"
         f" shared {r.shared_bytes:6} blocks/sm {r.ctas_per_sm:2} instructions {r.instructions:5}"
+        f" loop {r.loop_instructions or '-':>4} epilogue {r.epilogue_per_output or '-':>5}"
+        f" copies {r.async_copies}/{r.tma_copies}/{r.plain_loads}"
         f" {r.tensor_core_count:3} x {r.tensor_core or '-'} {r.problems or 'ok'}"
     )
 

@@ -11,10 +11,13 @@ s = fma(acc_g, α_a[m, g], s), and y = act(fma(s, α_b[n], bias[n])).
 Shapes: a (M, K) int8 row-major, b (N, K) int8 with K contiguous (weights as stored), vectors (M,) and (N,), out (M, N).
 Layout: both operands have K contiguous, as int8 tensor cores want them; wgmma reads both from shared memory.
 Grid: one program per BLOCK_M x BLOCK_N tile, tiles swizzled in groups of GROUP_M rows to share operands in L2.
+Split K: where that fills no device, programs of a second grid axis share a tile's K, store int32 sums, exact in any
+order, and a second launch (`kernels/gemm_s8_split_k.py`) adds and finishes them.
 Operations: 2 · M · N · K int8, and for each output 3 to dequantize, 18 for GELU, 8 for static codes (counted in SASS).
 Bytes: M · K + N · K + M · N · output size from DRAM; (BLOCK_M + BLOCK_N) · K per tile from L2.
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ from vqvit import numerics as contract
 from vqvit.kernels import numerics as nm
 from vqvit.kernels import tuned
 from vqvit.kernels.gemm_s8_epilogue import epilogue
+from vqvit.kernels.gemm_s8_split_k import reduce_shares
 from vqvit.kernels.launch import EXACT, INTERPRETER, Device, absent, device_of, on, row_major, vector
 from vqvit.kernels.quantize import quantize_per_token
 from vqvit.kernels.quantize_qkv import quantize_qkv, quantize_values
@@ -34,7 +38,9 @@ from vqvit.kernels.quantize_qkv import quantize_qkv, quantize_values
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """ctas: blocks that share a multiprocessor, which caps registers; subtile_n: columns of an epilogue step."""
+    """ctas: blocks that share a multiprocessor, which caps registers; subtile_n: columns of an epilogue step; split_k:
+    programs that share a tile's K.
+    """
 
     block_m: int
     block_n: int
@@ -44,6 +50,7 @@ class GemmConfig:
     ctas: int
     subtile_n: int = 64
     group_m: int = 8
+    split_k: int = 1
 
     @property
     def max_registers(self) -> int:
@@ -53,11 +60,12 @@ class GemmConfig:
 REGISTERS = 65536  # of a multiprocessor, on every architecture here
 
 # mma.sync keeps operand fragments in registers beside the accumulators: 128 x 256 spills, 64 accumulators a thread do
-# not. Shared memory (48, 36 and 24 KiB) leaves room on parts with 99 KiB too.
+# not. Shared memory (48, 36, 24 and 18 KiB) leaves room on parts with 99 KiB too.
 MMA_SYNC_CONFIGS = (
     GemmConfig(128, 128, 64, 8, 4, ctas=1),
     GemmConfig(64, 128, 64, 4, 4, ctas=2),
     GemmConfig(64, 64, 64, 4, 4, ctas=3),
+    GemmConfig(64, 32, 64, 4, 4, ctas=4, subtile_n=32),
 )
 
 # By architecture: the tile of most reuse first, then the ones that fill the device when M · N shrinks.
@@ -66,7 +74,8 @@ GEMM_CONFIGS = {
         GemmConfig(128, 256, 128, 8, 3, ctas=1),  # fc2 of large batches: 170 operations per L2 byte
         GemmConfig(128, 128, 128, 8, 3, ctas=2, subtile_n=32),  # large batches: epilogues hide under the other's loop
         GemmConfig(64, 128, 128, 4, 3, ctas=3),  # last waves, and batch 1 with N >= 2304
-        GemmConfig(64, 64, 128, 4, 4, ctas=3),  # batch 1 (M = 197): most blocks
+        GemmConfig(64, 64, 128, 4, 4, ctas=3),  # batch 1 (M = 197): more blocks
+        GemmConfig(64, 32, 128, 4, 4, ctas=4, subtile_n=32),  # batch 1 with N = 768: 96 blocks
     ),
     86: MMA_SYNC_CONFIGS,
     80: MMA_SYNC_CONFIGS,
@@ -96,15 +105,37 @@ L2_BYTES_PER_CYCLE = 40
 EPILOGUE_OPERATIONS = 20
 OPERATIONS_PER_CYCLE = 128
 STEP_CYCLES = 150
+PARTIAL_BYTES = 4  # of an output in each share of K, stored and read again
+SECOND_LAUNCH_CYCLES = 2750  # 1 µs between two kernels of a CUDA graph, and the latency of loads, sums and stores
+
+SPLITS = (2, 4, 8)
+"""Shares of K to choose from; none for group scales, whose sums are fp32 and in a fixed order."""
 
 
-def wave_cycles(c: GemmConfig, blocks: int, k: int) -> float:
-    """Time of `blocks` tiles that share a multiprocessor: the busiest unit, or the latency of one tile."""
+def wave_cycles(c: GemmConfig, blocks: int, k: int, split: bool = False) -> float:
+    """Time of `blocks` tiles, k columns deep, that share a multiprocessor: the busiest unit, or one tile's latency.
+
+    `split`: k is a share, and the accumulators are stored as they are.
+    """
     area = c.block_m * c.block_n
     tensor = area * k / MACS_PER_CYCLE
-    epilogue = area * EPILOGUE_OPERATIONS / OPERATIONS_PER_CYCLE
-    l2 = (c.block_m + c.block_n) * k / L2_BYTES_PER_CYCLE
+    epilogue = 0.0 if split else area * EPILOGUE_OPERATIONS / OPERATIONS_PER_CYCLE
+    l2 = ((c.block_m + c.block_n) * k + split * PARTIAL_BYTES * area) / L2_BYTES_PER_CYCLE
     return max(blocks * tensor, blocks * l2, blocks * epilogue, tensor + k / c.block_k * STEP_CYCLES + epilogue)
+
+
+def k_shares(c: GemmConfig, k: int) -> tuple[int, int]:
+    """(columns of a share of K, in whole steps of a tile; number of shares, none of them empty)."""
+    share_k = triton.cdiv(max(k, 1), c.block_k * c.split_k) * c.block_k
+    return share_k, triton.cdiv(max(k, 1), share_k)
+
+
+def reduction_cycles(shares: int, outputs: float) -> float:
+    """Time to add the shares of `outputs` outputs a multiprocessor, and of the launch that does it."""
+    if shares == 1:
+        return 0.0
+    read = PARTIAL_BYTES * shares * outputs / L2_BYTES_PER_CYCLE
+    return SECOND_LAUNCH_CYCLES + max(read, outputs * EPILOGUE_OPERATIONS / OPERATIONS_PER_CYCLE)
 
 
 def choose(device: Device, m: int, n: int, k: int, unit: int, groups: bool = False) -> GemmConfig:
@@ -120,11 +151,21 @@ def predict(device: Device, m: int, n: int, k: int, groups: bool = False) -> Gem
     """The config whose waves of tiles take the least time; ties go to the earlier entry."""
 
     def cycles(c: GemmConfig) -> float:
-        full_waves, rest = divmod(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n), device.sms * c.ctas)
-        last_wave = wave_cycles(c, triton.cdiv(rest, device.sms), k) if rest else 0.0
-        return full_waves * wave_cycles(c, c.ctas, k) + last_wave
+        share_k, shares = k_shares(c, k)
+        blocks = triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n) * shares
+        full_waves, rest = divmod(blocks, device.sms * c.ctas)
+        last_wave = wave_cycles(c, triton.cdiv(rest, device.sms), share_k, shares > 1) if rest else 0.0
+        waves = full_waves * wave_cycles(c, c.ctas, share_k, shares > 1) + last_wave
+        return waves + reduction_cycles(shares, m * n / device.sms)
 
-    return min((GROUP_CONFIGS if groups else GEMM_CONFIGS)[device.arch], key=cycles)
+    return min(configs(device.arch, groups), key=cycles)
+
+
+def configs(arch: int, groups: bool = False) -> tuple[GemmConfig, ...]:
+    """Every config to choose from: the shipped tiles, then their splits of K."""
+    tiles = (GROUP_CONFIGS if groups else GEMM_CONFIGS)[arch]
+    splits = () if groups else SPLITS
+    return *tiles, *(dataclasses.replace(c, split_k=s) for s in splits for c in tiles)
 
 
 @triton.jit
@@ -159,7 +200,7 @@ def load_k(ptrs, offs_k, k, K, EVEN_K: tl.constexpr):
 def _int8_gemm_kernel(
     a_ptr,  # (M, K) int8
     b_ptr,  # (N, K) int8
-    out_ptr,  # (M, N) int32 (raw accumulators), float or int8 (static codes)
+    out_ptr,  # (M, N) int32 (raw accumulators), float or int8 (static codes); (shares, M, N) int32 for SPLIT_K
     a_scale_ptr,  # (M,) fp32, or (M, cdiv(K, GROUP))
     b_scale_ptr,  # (N,) fp32
     bias_ptr,  # (N,) float or None
@@ -181,11 +222,13 @@ def _int8_gemm_kernel(
     stride_am,
     stride_bn,
     stride_rm,
+    share_k,  # columns of a and b that a program reads, for SPLIT_K
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
     K_UNIT: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -197,23 +240,28 @@ def _int8_gemm_kernel(
     pid_m, pid_n = tile_ids(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first_m = pid_m * BLOCK_M
     first_n = pid_n * BLOCK_N
+    first_k, end_k = 0, K
+    if SPLIT_K:
+        first_k = tl.program_id(1) * share_k
+        end_k = tl.minimum(K, first_k + share_k)
+        out_ptr += tl.program_id(1).to(tl.int64) * M * N
 
     # offsets; rows beyond M and N repeat the last one, so that the main loop needs no masks for them
     offs_k = tl.arange(0, BLOCK_K)
     rows_a = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
     rows_b = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
-    a_ptrs = a_ptr + first_m.to(tl.int64) * stride_am + (rows_a[:, None] * stride_am + offs_k[None, :])
-    b_ptrs = b_ptr + first_n.to(tl.int64) * stride_bn + (rows_b[None, :] * stride_bn + offs_k[:, None])
+    a_ptrs = a_ptr + first_m.to(tl.int64) * stride_am + first_k + (rows_a[:, None] * stride_am + offs_k[None, :])
+    b_ptrs = b_ptr + first_n.to(tl.int64) * stride_bn + first_k + (rows_b[None, :] * stride_bn + offs_k[:, None])
 
     # main loop
     if GROUP > 0:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         group_ptrs = a_scale_ptr + (first_m + rows_a).to(tl.int64) * tl.cdiv(K, GROUP)
-        for first_k in range(0, K, GROUP):
+        for group_k in range(0, K, GROUP):
             products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
             for step in tl.static_range(0, GROUP, BLOCK_K):
-                a = load_k(a_ptrs, offs_k[None, :], first_k + step, K, EVEN_K)
-                b = load_k(b_ptrs, offs_k[:, None], first_k + step, K, EVEN_K)
+                a = load_k(a_ptrs, offs_k[None, :], group_k + step, K, EVEN_K)
+                b = load_k(b_ptrs, offs_k[:, None], group_k + step, K, EVEN_K)
                 products = tl.dot(a, b, products, out_dtype=tl.int32)
                 a_ptrs += BLOCK_K
                 b_ptrs += BLOCK_K
@@ -222,7 +270,7 @@ def _int8_gemm_kernel(
         a_scale_ptr = None
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-        for k in range(0, K, BLOCK_K):
+        for k in range(first_k, end_k, BLOCK_K):
             a = load_k(a_ptrs, offs_k[None, :], k, K, EVEN_K)
             b = load_k(b_ptrs, offs_k[:, None], k, K, EVEN_K)
             acc = tl.dot(a, b, acc, out_dtype=tl.int32)
@@ -250,18 +298,25 @@ def _launch(
     grouped, store_groups = a_scale is not None and a_scale.dim() == 2, row_scale is not None and row_scale.dim() == 2
     c = choose(device_of(a), m, n, k, unit, grouped or store_groups or v is not None)
     heads, tokens, subtile = (0, 1, contract.GROUP if store_groups else c.subtile_n) if v is None else out.shape[2:]
-    vectors = (bias, layer_scale, a_zero, a_sum, b_zero, b_sum)
-    bias, layer_scale, a_zero, a_sum, b_zero, b_sum = (vector(v) for v in vectors)
-    strides = (a.stride(0), b.stride(0), 0 if residual is None else residual.stride(0))
+    finish = (
+        vector(a_scale), vector(b_scale), vector(bias), vector(layer_scale), residual, vector(a_zero), vector(a_sum),
+        vector(b_zero), vector(b_sum), out_scale, row_scale, row_sum, v,
+    )  # fmt: skip
+    stride_rm = 0 if residual is None else residual.stride(0)
+    share_k, shares = k_shares(c, k)
+    split = shares > 1
+    partial = torch.empty((shares, m, n), dtype=torch.int32, device=a.device) if split else out
     with on(a):
-        _int8_gemm_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
-            a, b, out, vector(a_scale), vector(b_scale), bias, layer_scale, residual, a_zero, a_sum, b_zero, b_sum,
-            out_scale, row_scale, row_sum, v, m, n, k, tokens, *strides,
-            ACTIVATION=activation, EVEN_K=k % (contract.GROUP if grouped else c.block_k) == 0, K_UNIT=unit,
-            GROUP=contract.GROUP if grouped else 0, HEADS=heads, BLOCK_M=c.block_m, BLOCK_N=c.block_n,
-            BLOCK_K=c.block_k, SUBTILE_N=subtile, GROUP_M=c.group_m,
+        _int8_gemm_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n), shares)](
+            a, b, partial, *((None,) * len(finish) if split else finish), m, n, k, tokens,
+            a.stride(0), b.stride(0), stride_rm, share_k,
+            ACTIVATION="none" if split else activation, EVEN_K=k % (contract.GROUP if grouped else c.block_k) == 0,
+            K_UNIT=unit, GROUP=contract.GROUP if grouped else 0, HEADS=heads, SPLIT_K=split,
+            BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, SUBTILE_N=subtile, GROUP_M=c.group_m,
             num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers, **EXACT,
         )  # fmt: skip
+        if split:
+            reduce_shares(partial, out, finish, stride_rm, k, activation)
 
 
 def int8_mm(a, b):

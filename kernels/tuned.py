@@ -32,7 +32,7 @@ logger = logging.getLogger("vqvit")
 FORMAT = 1
 SOURCES = ("measured", "predicted")
 KINDS = ("gemm", "gemm_groups", "attention_quantize")
-"""GEMM_CONFIGS and GROUP_CONFIGS of kernels/gemm_s8.py, and LAUNCHES of kernels/attention_s8.py."""
+"""`configs` of kernels/gemm_s8.py without and with groups, and LAUNCHES of kernels/attention_s8.py."""
 
 SHIPPED = Path(__file__).parent / "tables"
 VARIABLE = "VQVIT_TUNED"
@@ -93,7 +93,7 @@ def configs(kind: str, row: int) -> tuple:
 
     if kind == "attention_quantize":
         return attention_s8.LAUNCHES
-    return (gemm_s8.GROUP_CONFIGS if kind == "gemm_groups" else gemm_s8.GEMM_CONFIGS)[row]
+    return gemm_s8.configs(row, groups=kind == "gemm_groups")
 
 
 def predict(device: Device, launch: Launch) -> object:

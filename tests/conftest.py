@@ -1,4 +1,4 @@
-"""Shared fixtures. Without a GPU, Triton's interpreter and the twin of CUDA run the kernels: chosen before the imports."""
+"""Shared fixtures. Without a GPU, Triton's interpreter and the twin of CUDA run the kernels: chosen before imports."""
 
 import os
 from pathlib import Path

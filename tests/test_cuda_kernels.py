@@ -1,4 +1,4 @@
-"""CUDA C++ kernels on every path of their own: tiles, architectures, ragged shapes. Parity of the ops is in test_ops_parity.
+"""CUDA C++ GEMMs on every path of their own: tiles, architectures, ragged shapes. test_ops_parity has the ops.
 
 Without a GPU everything runs in the host's twin (see conftest), which takes its architecture from the environment.
 """

@@ -65,5 +65,21 @@ def test_as_many_blocks_share_a_multiprocessor_as_the_table_says(tables, arch):
         assert all(int(r["ctas_per_sm"]) >= c.ctas for r in compiled), tile
 
 
+@pytest.mark.parametrize("arch", INSTRUCTIONS)
+def test_gemms_copy_asynchronously_into_a_main_loop(tables, arch):
+    gemms = [r for r in tables[arch] if r["kernel"] == "int8_gemm_kernel" and "K_UNIT=16" in r["config"]]
+    assert gemms
+    for r in gemms:
+        assert int(r["async_copies"]) > 0 and int(r["tma_copies"]) == 0, r["case"]
+        assert 0 < int(r["loop_instructions"]) < int(r["instructions"]), r["case"]
+        assert float(r["epilogue_per_output"]) > 0, r["case"]
+
+
+def test_shares_of_k_take_a_second_launch(tables):
+    for arch, rows in tables.items():
+        kernels = {r["kernel"] for r in rows if "split K" in r["case"]}
+        assert kernels == {"int8_gemm_kernel", "reduce_shares_kernel"}, arch
+
+
 def test_configs_of_sm_80_fit_smaller_parts(tables):
     assert max(int(r["shared_bytes"]) for r in tables[80]) <= LEAST_SHARED_BYTES

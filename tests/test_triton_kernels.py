@@ -3,6 +3,7 @@
 Everything runs in Triton's interpreter (see conftest); parity of the ops themselves is tested in test_ops_parity.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ import triton.language as tl
 
 from vqvit.kernels import attention_s8, gemm_s8, launch, quantize
 from vqvit.kernels import numerics as device_nm
+from vqvit.kernels.gemm_s8_split_k import reduce_shares
 
 CONFIGS = {f"sm_{arch}-{c.block_m}x{c.block_n}": c for arch in (80, 90) for c in gemm_s8.GEMM_CONFIGS[arch]}
 GROUP_CONFIGS = {
@@ -45,6 +47,41 @@ def test_every_gemm_tile_gives_the_same_bits(monkeypatch, config, static):
         arguments = (*operands, "none", torch.randn(n), torch.randn(m, n))
         received, expected = ((f.int8_linear(*arguments),) for f in (backend, reference))
     assert_same_bits(received, expected)
+
+
+SMALL_TILE = "sm_90-64x64"
+
+
+@pytest.mark.parametrize(
+    ("config", "shares", "k"),
+    [pytest.param(c, 3, 396, id=f"{name}-3") for name, c in CONFIGS.items()]
+    + [pytest.param(CONFIGS[SMALL_TILE], s, k, id=f"{SMALL_TILE}-{s}") for s, k in ((2, 272), (8, 1040), (8, 768))],
+)
+def test_shares_of_k_give_the_same_bits(monkeypatch, config, shares, k):
+    monkeypatch.setattr(gemm_s8, "choose", lambda *_: dataclasses.replace(config, split_k=shares))
+    reductions = []
+    monkeypatch.setattr(gemm_s8, "reduce_shares", lambda *a: reductions.append(a) or reduce_shares(*a))
+    m, n = 70, 140
+    a_scale = torch.rand(m) * 1e-3
+    a_scale[3] = torch.nan
+    operands = codes(m, k), a_scale, codes(n, k), torch.rand(n), torch.randn(n)
+    zeros = tuple(torch.randint(-127, 128, (size,), dtype=torch.int32) for size in (m, m, n, n))
+    residual = (*operands, "none", torch.randn(n), torch.randn(m, n + 3)[:, :n])
+    static = (*operands, "gelu", *zeros, torch.tensor(0.1), True, True)
+    assert_same_bits(*((f.int8_mm(operands[0], operands[2]),) for f in (backend, reference)))
+    assert_same_bits(*((f.int8_linear(*residual),) for f in (backend, reference)))
+    assert_same_bits(*(f.int8_linear_quantize(*static) for f in (backend, reference)))
+    partial = [arguments[0] for arguments in reductions]
+    assert len(partial) == 3 and all(1 < p.shape[0] <= shares for p in partial)
+
+
+@pytest.mark.parametrize("split_k", [1, *gemm_s8.SPLITS])
+@pytest.mark.parametrize("k", [16, 384, 400, 768, 3072])
+def test_shares_cover_k_and_none_is_empty(split_k, k):
+    for config in CONFIGS.values():
+        share_k, shares = gemm_s8.k_shares(dataclasses.replace(config, split_k=split_k), k)
+        assert share_k % config.block_k == 0 and shares <= split_k
+        assert share_k * (shares - 1) < k <= share_k * shares
 
 
 def assert_same_bits(received, expected):
@@ -128,6 +165,22 @@ def test_interpreted_fma_rounds_once():
     out = torch.empty(size)
     _fma_kernel[(1,)](a, b, c, out, SIZE=size)
     assert torch.equal(out, nm.fma(a, b, c))
+
+
+def test_few_rows_share_a_deep_k():
+    """fc2 of ViT-L and ViT-H for one image: fewer tiles than multiprocessors, and K to share."""
+    for m, n, k in ((197, 1024, 4096), (257, 1280, 5120)):
+        c = gemm_s8.choose(H200, m, n, k, 16)
+        assert c.split_k > 1
+        assert gemm_s8.choose(H200, m, n, k, 16, True).split_k == 1  # group scales are summed in order
+        assert gemm_s8.choose(H200, 64 * m, n, k, 16).split_k == 1  # enough tiles
+    assert gemm_s8.choose(H200, 197, 768, 768, 16).split_k == 1  # a second launch costs more than it saves
+
+
+def test_a_second_launch_is_part_of_the_time():
+    assert gemm_s8.reduction_cycles(1, 1e4) == 0.0
+    assert gemm_s8.reduction_cycles(2, 0) == gemm_s8.SECOND_LAUNCH_CYCLES
+    assert gemm_s8.reduction_cycles(8, 1e4) == gemm_s8.SECOND_LAUNCH_CYCLES + 4 * 8 * 1e4 / gemm_s8.L2_BYTES_PER_CYCLE
 
 
 def test_tile_choice():

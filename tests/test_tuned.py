@@ -183,10 +183,10 @@ def test_tables_survive_reordered_configs_and_new_fields_with_defaults(tmp_path,
 
     @dataclasses.dataclass(frozen=True)
     class WiderConfig(gemm_s8.GemmConfig):
-        split_k: int = 1
+        cluster: int = 1
 
     later = tuple(WiderConfig(**dataclasses.asdict(c)) for c in reversed(gemm_s8.GEMM_CONFIGS[90]))
-    monkeypatch.setitem(gemm_s8.GEMM_CONFIGS, 90, (WiderConfig(64, 64, 64, 4, 4, 1, split_k=4), *later))
+    monkeypatch.setitem(gemm_s8.GEMM_CONFIGS, 90, (WiderConfig(64, 64, 64, 4, 4, 1, cluster=2), *later))
     assert tuned.read(path, ODD).choices[GEMM] is later[1]
 
 

@@ -22,13 +22,13 @@ CXX_FLAGS = (
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 
 CUDA_ARCHS = ("75", "80", "90a")
-"""Parts with machine code of their own: 8.6, 8.7 and 8.9 run that of 8.0, newer parts compile its PTX when they load it."""
+"""Parts with machine code of their own: 8.6 to 8.9 run that of 8.0, newer parts compile its PTX when they load it."""
 
 
 @dataclass(frozen=True)
 class Library:
-    """A shared library. `device`: its folder in csrc/ and the prefix vqvit_<device>_ of its functions; `units`: patterns
-    of its translation units there; `compiler`: "c++" or "nvcc".
+    """device: folder in csrc/, and vqvit_<device>_ starts its functions; units: patterns of its files there; compiler: "c++"
+    or "nvcc".
     """
 
     file: str

@@ -5,7 +5,6 @@ activations and residuals are read in their own dtype. The number of threads is 
 """
 
 import torch
-from torch import Tensor
 
 from vqvit import native, reference
 from vqvit import numerics as nm

@@ -86,6 +86,7 @@ template <int Octets, bool Held>
 VQVIT_KERNEL(Held ? max_team(Octets) : kMaxTeam, 1)
 layernorm_quantize_kernel(LayerNorm op, RowsShape shape, Codes out) {
     constexpr int E = Octets * kOctet;
+    out.zero_point = nullptr;  // known when compiled
     Row<E, Held> row(shape);
     float x[E];
     const auto add = [&](float (&v)[E], int64_t first) {

@@ -31,6 +31,8 @@ struct Patches {
     int64_t image_stride, channel_stride, y_stride, x_stride, grid_height, grid_width;
     Divisor patch_area, patch_height, patch_width;
 
+    static constexpr bool kPlain = true;
+
     template <int E>
     VQVIT_DEVICE void load(int64_t row, int64_t first, const Tile& tile, float (&x)[E]) const {
         const int64_t line = row / grid_width, image = line / grid_height;

@@ -15,6 +15,8 @@ struct HeadTokens {
     int dtype;
     int64_t tokens, heads, head_dim, batch_stride, token_stride;
 
+    static constexpr bool kPlain = true;
+
     template <int E>
     VQVIT_DEVICE void load(int64_t row, int64_t first, const Tile& tile, float (&v)[E]) const {
         const int64_t image_head = row / tokens, image = image_head / heads;
@@ -34,13 +36,13 @@ struct Values {
     const void* v;  // (batch, tokens, columns) with columns = heads · head_dim
     int dtype;
     int64_t tokens, columns, head_dim, batch_stride, token_stride;
-    int lanes;    // threads of a token, a power of two; a block has 4 · lanes columns
-    bool vector;  // a thread's 4 columns are neighbours in one head; else `lanes` apart
+    int lanes;  // threads of a token, a power of two; a block has 4 · lanes columns
     int8_t* codes;
     float* scale;
 };
 
-// The columns of a thread, and where the codes of its first token go.
+// The columns of a thread, and where the codes of the first token go. `Vector`: neighbours in one head, else `lanes` apart.
+template <bool Vector>
 struct ValueColumns {
     int64_t first, column[kQuad], codes[kQuad];
     bool inside[kQuad];
@@ -50,7 +52,7 @@ struct ValueColumns {
         first = block_x() * op.lanes * kQuad;
         VQVIT_UNROLL
         for (int j = 0; j < kQuad; ++j) {
-            column[j] = first + (op.vector ? lane * kQuad + j : j * op.lanes + lane);
+            column[j] = first + (Vector ? lane * kQuad + j : j * op.lanes + lane);
             inside[j] = column[j] < op.columns;
             const int64_t head = column[j] / op.head_dim;
             codes[j] = (block_y() * op.columns + head * op.head_dim) * op.tokens + column[j] - head * op.head_dim;
@@ -59,12 +61,13 @@ struct ValueColumns {
 };
 
 // x[i] = the thread's columns of token first + i · (tokens of a step), 0 outside.
-VQVIT_DEVICE void load_values(const Values& op, const ValueColumns& at, int64_t first, float (&x)[kSteps][kQuad]) {
+template <bool Vector>
+VQVIT_DEVICE void load_values(const Values& op, const ValueColumns<Vector>& at, int64_t first, float (&x)[kSteps][kQuad]) {
     const int64_t step = kValueThreads / op.lanes;
     with_dtype(op.v, op.dtype, [&](const auto* p) {
         using T = std::remove_cv_t<std::remove_reference_t<decltype(*p)>>;
         p += block_y() * op.batch_stride;
-        if (op.vector) {
+        if (Vector) {
             Pack<T, kQuad> packs[kSteps];
             VQVIT_UNROLL
             for (int i = 0; i < kSteps; ++i) {
@@ -83,11 +86,10 @@ VQVIT_DEVICE void load_values(const Values& op, const ValueColumns& at, int64_t 
         } else {
             VQVIT_UNROLL
             for (int i = 0; i < kSteps; ++i) {
-                const int64_t token = first + i * step;
                 VQVIT_UNROLL
                 for (int j = 0; j < kQuad; ++j) {
-                    const bool inside = at.inside[j] && token < op.tokens;
-                    x[i][j] = inside ? to_fp32(p[token * op.token_stride + at.column[j]]) : 0.0f;
+                    const bool inside = at.inside[j] && first + i * step < op.tokens;
+                    x[i][j] = inside ? to_fp32(p[(first + i * step) * op.token_stride + at.column[j]]) : 0.0f;
                 }
             }
         }
@@ -117,9 +119,10 @@ VQVIT_DEVICE void max_over_block(const Values& op, int32_t (&bits)[kQuad]) {
 }
 
 // A block has 4 · lanes columns of one image: their ranges over all tokens, then the codes.
+template <bool Vector>
 VQVIT_KERNEL(kValueThreads, 2)
 quantize_values_kernel(Values op) {
-    const ValueColumns at(op);
+    const ValueColumns<Vector> at(op);
     const int64_t start = thread_id() / op.lanes, tile = int64_t{kSteps} * (kValueThreads / op.lanes);
     const bool held = op.tokens <= tile;
     float x[kSteps][kQuad];
@@ -155,7 +158,7 @@ quantize_values_kernel(Values op) {
             Pack<int8_t, kQuad> q;
             VQVIT_UNROLL
             for (int j = 0; j < kQuad; ++j) q.at[j] = finite[j] ? encode[j](x[i][j]) : int8_t{0};
-            if (op.vector) {
+            if (Vector) {
                 int8_t* p = op.codes + at.codes[0] + token * op.head_dim;
                 if (at.inside[0]) *reinterpret_cast<Pack<int8_t, kQuad>*>(p) = q;
             } else {
@@ -175,8 +178,9 @@ int quantize_values(Values op, int64_t batch, void* stream) {
     const auto blocks = [&](int lanes) { return ceil_div(op.columns, lanes * kQuad); };
     op.lanes = batch * blocks(kManyLanes) < kFewBlocks ? kFewLanes : kManyLanes;
     const int64_t quad = kQuad * bytes_of(op.dtype), element = bytes_of(op.dtype);
-    op.vector = op.head_dim % kQuad == 0 && aligned(op.v, quad) && op.batch_stride * element % quad == 0 &&
-                op.token_stride * element % quad == 0 && aligned(op.codes, kQuad);
+    const bool vector = op.head_dim % kQuad == 0 && aligned(op.v, quad) && op.batch_stride * element % quad == 0 &&
+                        op.token_stride * element % quad == 0 && aligned(op.codes, kQuad);
+    const auto kernel = vector ? quantize_values_kernel<true> : quantize_values_kernel<false>;
     const int shared = kValueWarps * op.lanes * kQuad * static_cast<int>(sizeof(int32_t));
     for (int64_t first = 0; first < batch; first += kMaxGridY) {  // images go in grid.y
         const auto images = static_cast<unsigned>(smaller(batch - first, kMaxGridY));
@@ -185,7 +189,7 @@ int quantize_values(Values op, int64_t batch, void* stream) {
         part.codes += first * op.columns * op.tokens;
         part.scale += first * op.columns;
         const Dim3 grid(static_cast<unsigned>(blocks(op.lanes)), images);
-        if (const int status = launch(quantize_values_kernel, grid, kValueThreads, shared, stream, part)) return status;
+        if (const int status = launch(kernel, grid, kValueThreads, shared, stream, part)) return status;
     }
     return VQVIT_OK;
 }
@@ -212,7 +216,7 @@ int vqvit_cuda_quantize_qkv(
     };
     if (const int status = tokens_of(0, q, q_scale)) return status;
     if (const int status = tokens_of(1, k, k_scale)) return status;
-    const Values op = {part(2), dtype, tokens, columns, head_dim, batch_stride, token_stride, 0, false, v, v_scale};
+    const Values op = {part(2), dtype, tokens, columns, head_dim, batch_stride, token_stride, 0, v, v_scale};
     return quantize_values(op, batch, stream);
 }
 
@@ -220,7 +224,7 @@ int vqvit_cuda_quantize_values(
     const float* v, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int8_t* codes, float* scale,
     void* stream) {
     const int64_t columns = heads * head_dim;
-    const Values op = {v, VQVIT_F32, tokens, columns, head_dim, tokens * columns, columns, 0, false, codes, scale};
+    const Values op = {v, VQVIT_F32, tokens, columns, head_dim, tokens * columns, columns, 0, codes, scale};
     return quantize_values(op, batch, stream);
 }
 

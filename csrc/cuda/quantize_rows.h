@@ -1,5 +1,6 @@
 // Codes of rows, from registers or, in tiles, from memory; and the kernel that quantizes the rows of a source: a struct
-// whose load(row, first, tile, x) loads the tile that begins at column `first`.
+// whose load(row, first, tile, x) loads the tile that begins at column `first`, and whose kPlain says that its rows get
+// symmetric codes of the range alone.
 #pragma once
 
 #include "rows.h"
@@ -92,6 +93,7 @@ template <int Octets, bool Held, class Source>
 VQVIT_KERNEL(Held ? max_team(Octets) : kMaxTeam, 1)
 quantize_kernel(Source source, const float* equalizer, RowsShape shape, Codes out) {
     constexpr int E = Octets * kOctet;
+    if (Source::kPlain) out = {out.codes, out.scale, nullptr, nullptr, nullptr, 0.0f};  // known when compiled
     Row<E, Held> row(shape);
     float x[E];
     const auto load = [&](float (&v)[E], int64_t first) {

@@ -225,6 +225,8 @@ struct Matrix {
     int dtype;
     int64_t stride;
 
+    static constexpr bool kPlain = false;
+
     template <int E>
     VQVIT_DEVICE void load(int64_t row, int64_t first, const Tile& tile, float (&x)[E]) const {
         with_dtype(data, dtype, [&](const auto* p) {
@@ -283,7 +285,8 @@ struct RowsShape {
     bool vector;
 };
 
-// The row of this thread. `Held`: one tile, which stays in registers; else tiles are loaded again in every pass.
+// The row of this thread. `Held`: one tile, which stays in registers; else tiles, none of them vector tiles, are loaded
+// again in every pass.
 template <int E, bool Held>
 struct Row {
     Team team;
@@ -293,11 +296,12 @@ struct Row {
     VQVIT_DEVICE explicit Row(const RowsShape& shape)
         : team(shape.threads),
           index(shape.threads <= kWarp ? (block_x() * kRowsBlock + thread_id()) / shape.threads : block_x()),
-          k(shape.k), inside(index < shape.rows), vector(shape.vector) {}
+          k(shape.k), inside(index < shape.rows), vector(Held && shape.vector) {}
 
     VQVIT_DEVICE int64_t tile_columns() const { return int64_t{E} * team.count; }
     VQVIT_DEVICE Tile tile(int64_t first) const {
-        return {team.thread, team.count, inside ? static_cast<int>(smaller(k - first, tile_columns())) : 0, vector};
+        const int limit = inside ? static_cast<int>(smaller(k - first, tile_columns())) : 0;
+        return {team.thread, team.count, limit, Held && vector};
     }
     // Columns of the tiles that are not the row's.
     VQVIT_DEVICE int64_t padding() const {

@@ -30,7 +30,9 @@ struct LayerNorm {
     bool paper;
 
     // What is normalized, from memory that holds it, once `add_residual` has run.
-    VQVIT_DEVICE Matrix sum(int64_t k) const { return residual.data == nullptr ? x : Matrix{stream, residual.dtype, k}; }
+    VQVIT_DEVICE Matrix sum(int64_t k) const {
+        return residual.data == nullptr ? x : Matrix{stream, residual.dtype, k};
+    }
 
     // v = fma(v, layer scale, residual) rounded to the stream's dtype; stored.
     template <int E>
@@ -130,7 +132,8 @@ extern "C" int vqvit_cuda_layernorm_quantize(
     const Codes out = {codes, scale, nullptr, row_sum, static_scale, delta};
     bool vector = k % kOctet == 0 && aligned(codes, 8) && vector_rows(x, dtype, x_stride) &&
                   vector_rows(residual, residual_dtype, residual_stride);
-    for (const void* p : {static_cast<const void*>(residual_stream), layer_scale, weight, bias}) vector = vector && aligned(p, 16);
+    const void* const vectors[] = {residual_stream, layer_scale, weight, bias};
+    for (const void* p : vectors) vector = vector && aligned(p, 16);
     return launch_rows<4>(rows, k, [&](auto octets, auto held, int threads, Dim3 grid, int block, int shared) {
         const RowsShape shape = {rows, k, threads, vector};
         return launch(

@@ -1,9 +1,10 @@
 // Quantization of rows to int8 codes: per token (symmetric or with a zero point), static, per group of 128 columns, the
 // rows gathered from images, residual codes. Formulas: vqvit/numerics.py.
 //
-// Bytes of a row: (input size + 1) · k; residual codes (input size + 2) · k. Operations of an element: about 8 per token
-// (magnitude, maximum, five for the code, its share of packing), 10 static, 20 with a zero point, which divides, and
-// 10 more with δ. A row is read once if it has at most 16384 columns, else once a pass, from L2.
+// Bytes of a row: (input size + 1) · k; residual codes (input size + 2) · k. Operations of an element: about 8 per
+// token (magnitude, maximum, five for the code, its share of packing), 10 static, 20 with a zero point, which divides,
+// and 10 more with δ. A row is read once if it has at most 8192
+// to 16384 columns, else once a pass, from L2.
 // Grid: a block of whole rows, or a row; groups and residual codes: (rows, tiles of a row).
 #include "quantize_rows.h"
 
@@ -21,7 +22,9 @@ struct Divisor {
         for (int64_t power = 1; power < d; power *= 2) ++shift;
         multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
     }
-    VQVIT_DEVICE uint32_t quotient(uint32_t n) const { return static_cast<uint32_t>((uint64_t{n} * multiplier) >> shift); }
+    VQVIT_DEVICE uint32_t quotient(uint32_t n) const {
+        return static_cast<uint32_t>((uint64_t{n} * multiplier) >> shift);
+    }
 };
 
 // Row m is patch (image, y, x) in raster order, column c pixel (channel, dy, dx) of it.
@@ -184,7 +187,8 @@ int vqvit_cuda_quantize_per_group(
         const Matrix matrix = {x, dtype, x_stride};
         return launch(kernel, grid, kGroupThreads, 0, stream, matrix, equalizer, rows, k, vector, codes, scale);
     };
-    return rows < kFewRows ? run(quantize_groups_kernel<1>, 1) : run(quantize_groups_kernel<kGroupOctets>, kGroupOctets);
+    if (rows < kFewRows) return run(quantize_groups_kernel<1>, 1);
+    return run(quantize_groups_kernel<kGroupOctets>, kGroupOctets);
 }
 
 int vqvit_cuda_quantize_residual(

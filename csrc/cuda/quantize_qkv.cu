@@ -41,7 +41,8 @@ struct Values {
     float* scale;
 };
 
-// The columns of a thread, and where the codes of the first token go. `Vector`: neighbours in one head, else `lanes` apart.
+// The columns of a thread, and where the codes of the first token go. `Vector`: neighbours in one head, else `lanes`
+// apart.
 template <bool Vector>
 struct ValueColumns {
     int64_t first, column[kQuad], codes[kQuad];
@@ -62,7 +63,8 @@ struct ValueColumns {
 
 // x[i] = the thread's columns of token first + i · (tokens of a step), 0 outside.
 template <bool Vector>
-VQVIT_DEVICE void load_values(const Values& op, const ValueColumns<Vector>& at, int64_t first, float (&x)[kSteps][kQuad]) {
+VQVIT_DEVICE void load_values(
+    const Values& op, const ValueColumns<Vector>& at, int64_t first, float (&x)[kSteps][kQuad]) {
     const int64_t step = kValueThreads / op.lanes;
     with_dtype(op.v, op.dtype, [&](const auto* p) {
         using T = std::remove_cv_t<std::remove_reference_t<decltype(*p)>>;
@@ -120,7 +122,7 @@ VQVIT_DEVICE void max_over_block(const Values& op, int32_t (&bits)[kQuad]) {
 
 // A block has 4 · lanes columns of one image: their ranges over all tokens, then the codes.
 template <bool Vector>
-VQVIT_KERNEL(kValueThreads, 2)
+VQVIT_KERNEL(kValueThreads, (Vector ? 2 : 1))
 quantize_values_kernel(Values op) {
     const ValueColumns<Vector> at(op);
     const int64_t start = thread_id() / op.lanes, tile = int64_t{kSteps} * (kValueThreads / op.lanes);
@@ -207,7 +209,7 @@ int vqvit_cuda_quantize_qkv(
     void* stream) {
     if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     const int64_t columns = heads * head_dim, element = bytes_of(dtype);
-    const auto part = [&](int i) { return static_cast<const void*>(static_cast<const char*>(qkv) + i * columns * element); };
+    const auto part = [&](int i) -> const void* { return static_cast<const char*>(qkv) + i * columns * element; };
     const auto tokens_of = [&](int i, int8_t* codes, float* scale) {
         const HeadTokens source = {part(i), dtype, tokens, heads, head_dim, batch_stride, token_stride};
         const bool vector = vector_rows(part(i), dtype, token_stride) && batch_stride * element % 16 == 0;

@@ -3,7 +3,7 @@
 // The `count` threads of a row hold tiles of E · count columns, E registers a thread in octets of 8. In a `vector`
 // tile an octet is 8 neighbouring columns: 16-byte loads, 8-byte stores of codes. Else, where an address or k is not a
 // multiple of them, its columns lie `count` apart: neighbouring threads still touch neighbouring columns.
-// Columns beyond the row are 0 and never loaded or stored; sums subtract what they add (a zero has the code of the zero point).
+// Columns beyond the row are 0 and never loaded or stored; sums subtract what they add (0 has the zero point's code).
 #pragma once
 
 #include <type_traits>
@@ -48,8 +48,8 @@ struct alignas(N * sizeof(T)) Pack {
     T at[N];
 };
 
-// body(octet, o) for the octets of x, unrolled in vector tiles. Elsewhere, which is not the fast path, x moves through one
-// octet: a loop keeps the code short.
+// body(octet, o) for the octets of x, unrolled in vector tiles. Elsewhere, which is not the fast path, x moves through
+// one octet: a loop keeps the code short.
 template <int E, class Body>
 VQVIT_DEVICE void for_octets(bool unrolled, float (&x)[E], const Body& body) {
     float octet[kOctet];
@@ -370,76 +370,6 @@ VQVIT_DEVICE Moments row_moments(Row<E, Held>& row, float (&x)[E], const Load& l
     const int64_t mean_steps = rne_int(mean * per_unit);
     squares = row.team.sum(squares) - row.padding() * mean_steps * mean_steps;
     return {mean, grid_mean(squares, row.k, exponent, 2)};
-}
-
-// ---- launches -------------------------------------------------------------------------------------------------------
-
-constexpr int64_t kMaxGridY = 65535;
-
-inline bool known_dtype(int dtype) { return dtype >= VQVIT_F32 && dtype <= VQVIT_BF16; }
-inline int64_t bytes_of(int dtype) { return dtype == VQVIT_F32 ? 4 : 2; }
-inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0; }
-inline bool vector_rows(const void* p, int dtype, int64_t stride) {
-    return aligned(p, 16) && stride * bytes_of(dtype) % 16 == 0;
-}
-
-// Below this many rows a row gets as many threads as it has octets: one warp a row would leave most of the 64 warps of
-// 108 to 132 multiprocessors empty.
-constexpr int64_t kFewRows = 2048;
-constexpr int kMaxTeam = 512, kMaxTeamOfOctets = 1024;
-constexpr int kReductions = 8;  // most of one row
-
-// Most threads of a row with so many octets a thread: 64 or 128 registers.
-constexpr int max_team(int octets) { return octets == 1 ? kMaxTeamOfOctets : kMaxTeam; }
-
-// Threads of a row of so many octets: a power of two of lanes, of which 8 read 128 bytes of half precision, or warps.
-inline int64_t team_size(int64_t octets, int per_thread) {
-    const int64_t threads = ceil_div(octets, per_thread);
-    int lanes = 8;
-    while (lanes < kWarp && lanes < threads) lanes *= 2;
-    return threads <= kWarp ? lanes : ceil_div(threads, kWarp) * kWarp;
-}
-
-struct RowsConfig {
-    int octets, threads;  // octets of a thread, threads of a row
-    bool held;
-};
-
-// Many rows: 3 or 4 octets a thread, whichever leaves fewer columns unused; few reductions, many bytes in flight.
-inline RowsConfig rows_config(int64_t rows, int64_t k, int max_octets) {
-    const int64_t octets = ceil_div(k, kOctet);
-    const auto fits = [&](int per_thread) {
-        return per_thread <= max_octets && team_size(octets, per_thread) <= max_team(per_thread);
-    };
-    const auto held = [&](int per_thread) {
-        return RowsConfig{per_thread, static_cast<int>(team_size(octets, per_thread)), true};
-    };
-    if ((rows < kFewRows || octets <= 8 || max_octets == 1) && fits(1)) return held(1);
-    if (fits(3) && (!fits(4) || 3 * team_size(octets, 3) <= 4 * team_size(octets, 4))) return held(3);
-    if (fits(4)) return held(4);
-    return {1, kMaxTeam, false};
-}
-
-// run(octets, held, threads, grid, block, shared bytes) with the first two as std::integral_constant: 1, 3 or 4 octets up
-// to MaxOctets.
-template <int MaxOctets, class Run>
-int launch_rows(int64_t rows, int64_t k, const Run& run) {
-    using std::integral_constant;
-    const RowsConfig config = rows_config(rows, k, MaxOctets);
-    const bool one_warp = config.threads <= kWarp;
-    const int block = one_warp ? kRowsBlock : config.threads;
-    const Dim3 grid(static_cast<unsigned>(one_warp ? ceil_div(rows, block / config.threads) : rows));
-    const auto start = [&](auto octets, auto held) {
-        return run(octets, held, config.threads, grid, block, one_warp ? 0 : kReductions * Team::kSlotBytes);
-    };
-    if (!config.held) return start(integral_constant<int, 1>{}, std::false_type{});
-    if constexpr (MaxOctets >= 4) {
-        if (config.octets == 4) return start(integral_constant<int, 4>{}, std::true_type{});
-    }
-    if constexpr (MaxOctets >= 3) {
-        if (config.octets == 3) return start(integral_constant<int, 3>{}, std::true_type{});
-    }
-    return start(integral_constant<int, 1>{}, std::true_type{});
 }
 
 }  // namespace vqvit

@@ -1,9 +1,11 @@
 """Packages, and the native libraries, which `vqvit/_build.py` compiles without torch.
 
-A missing compiler is a warning: its library is then built on first use, or another backend runs.
+A missing compiler is a warning: its library is then built on first use, or another backend runs. The CUDA library, which
+takes minutes for all parts, is built here if VQVIT_BUILD_CUDA=1 (for wheels), else on first use for the part at hand.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -22,7 +24,8 @@ def load_builder():
 
 
 builder = load_builder()
-LIBRARIES = {f"vqvit._lib.{Path(library.file).stem}": library for library in (builder.CPU, builder.CUDA)}
+WANTED = (builder.CPU, builder.CUDA) if os.environ.get("VQVIT_BUILD_CUDA") == "1" else (builder.CPU,)
+LIBRARIES = {f"vqvit._lib.{Path(library.file).stem}": library for library in WANTED}
 
 
 class BuildLibrary(build_ext):

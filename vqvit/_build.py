@@ -27,8 +27,8 @@ CUDA_ARCHS = ("75", "80", "90a")
 
 @dataclass(frozen=True)
 class Library:
-    """device: folder in csrc/, and vqvit_<device>_ starts its functions; units: patterns of its files there; compiler: "c++"
-    or "nvcc".
+    """device: folder in csrc/, and vqvit_<device>_ starts its functions; units: patterns of its files there; compiler:
+    "c++" or "nvcc".
     """
 
     file: str

@@ -1,7 +1,7 @@
 """Packages, and the native libraries, which `vqvit/_build.py` compiles without torch.
 
-A missing compiler is a warning: its library is then built on first use, or another backend runs. The CUDA library, which
-takes minutes for all parts, is built here if VQVIT_BUILD_CUDA=1 (for wheels), else on first use for the part at hand.
+A missing compiler is a warning: its library is then built on first use, or another backend runs. The CUDA library takes
+minutes for all parts: it is built here if VQVIT_BUILD_CUDA=1 (for wheels), else on first use for the part at hand.
 """
 
 import importlib.util

@@ -31,6 +31,12 @@ constexpr int kWarp = 32;
 
 VQVIT_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Neighbouring elements that are loaded and stored as one.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Pack {
+    T at[N];
+};
+
 // ---- positions, barriers --------------------------------------------------------------------------------------------
 
 #ifdef __CUDACC__

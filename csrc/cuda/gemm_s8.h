@@ -37,11 +37,6 @@ VQVIT_DEVICE float load_float(const void* p, int dtype, int64_t i) {
     return static_cast<const float*>(p)[i];
 }
 
-template <class T, int N>
-struct alignas(N * sizeof(T)) Pack {
-    T at[N];
-};
-
 // Finishes and stores 16 rows of `Columns` columns at a time. One warp, with `kStagingBytes` of its own.
 template <int Columns>
 class Epilogue {

@@ -3,6 +3,7 @@
 // kPlain says that its rows get symmetric codes of the range alone.
 #pragma once
 
+#include "library.h"
 #include "rows.h"
 
 namespace vqvit {
@@ -94,7 +95,6 @@ VQVIT_DEVICE void quantize_row(Row<E, Held>& row, float (&x)[E], const Load& loa
 
 constexpr int64_t kMaxGridY = 65535;
 
-inline bool known_dtype(int dtype) { return dtype >= VQVIT_F32 && dtype <= VQVIT_BF16; }
 inline int64_t bytes_of(int dtype) { return dtype == VQVIT_F32 ? 4 : 2; }
 inline bool aligned(const void* p, int64_t bytes) {
     return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;

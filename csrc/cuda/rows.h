@@ -14,14 +14,7 @@ namespace vqvit {
 
 constexpr int kOctet = 8;
 
-#ifdef __CUDACC__
-#define VQVIT_NO_UNROLL _Pragma("unroll 1")
-#else
-#define VQVIT_NO_UNROLL
-#endif
-
 VQVIT_HOST_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-VQVIT_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Drops the first `By` elements and appends those of `last`.
 template <int By, class T, int N>
@@ -41,11 +34,6 @@ struct Tile {
 
     VQVIT_DEVICE int octet(int o) const { return (o * count + thread) * kOctet; }
     VQVIT_DEVICE int column(int o, int j) const { return vector ? octet(o) + j : (o * kOctet + j) * count + thread; }
-};
-
-template <class T, int N>
-struct alignas(N * sizeof(T)) Pack {
-    T at[N];
 };
 
 // body(octet, o) for the octets of x, unrolled in vector tiles. Elsewhere, which is not the fast path, x moves through

@@ -179,15 +179,13 @@ attention_streaming(Attention t) {
     const int columns = t.head_dim - channel < Chunks * kChunk ? t.head_dim - channel : Chunks * kChunk;
     const auto tiles = static_cast<int>(ceil_div(t.keys, layout.keys));
     const bool active = at.first < t.queries;
+    const int heads = Codes && Chunks * kChunk < kGroup ? at.heads : 1;
     Group group;
 
-    for (int i = 0; i < at.heads; ++i) {
+    for (int i = 0; i < heads; ++i) {
         const int64_t head = at.head + i;
         Softmax softmax = begin_softmax(t, head, at.first);
         int32_t largest = 0;
-        Values sums[Chunks];
-        VQVIT_UNROLL
-        for (int c = 0; c < Chunks; ++c) clear(sums[c]);
         uint32_t q[Wide ? 1 : Chunks][4];
         VQVIT_UNROLL
         for (int c = 0; c < (Wide ? 0 : Chunks); ++c) load_queries(q[c], t, head, at.first, c);
@@ -253,6 +251,9 @@ attention_streaming(Attention t) {
             }
         });
         share_top(softmax);
+        Values sums[Chunks];
+        VQVIT_UNROLL
+        for (int c = 0; c < Chunks; ++c) clear(sums[c]);
         for_tiles(true, [&](const unsigned char* tile, int left) {
             for (int s = 0; s < layout.keys / kStep; s += 2) {
                 if (s * kStep >= left) continue;
@@ -281,12 +282,12 @@ attention_streaming(Attention t) {
             if (!Codes) store_floats(t, head, at.first, channel + c * kChunk, group.out[c % 2]);
             if (Codes && c % 2 == 1) {
                 update_largest(group);
-                if (i + 1 < at.heads || c + 1 < Chunks) spill(group, slab);
+                if (i + 1 < heads || c + 1 < Chunks) spill(group, slab);
             }
         }
     }
     if (Codes && active) {
-        const int units = at.heads * t.head_dim / kUnitColumns;
+        const int units = heads * t.head_dim / kUnitColumns;
         store_codes(t, at.image, at.group, at.groups, at.first, group, units, slab);
     }
 }

@@ -232,7 +232,7 @@ VQVIT_EXPORT int vqvit_cuda_int8_attention(
     int64_t head_dim, void* out, int dtype, void* stream);
 
 /* int8_attention_quantize: codes (batch · queries, heads · head_dim), scale (batch · queries,
- * ceil(heads · head_dim / 128)); head_dim 64 or 128. */
+ * ceil(heads · head_dim / 128)); head_dim 64, or 128 and at most 208 keys. */
 VQVIT_EXPORT int vqvit_cuda_int8_attention_quantize(
     const int8_t* q, const int8_t* k, const int8_t* v, const float* q_scale, const float* k_scale,
     const float* v_scale, float logit_scale, int64_t batch, int64_t heads, int64_t queries, int64_t keys,

@@ -16,6 +16,8 @@
 #define VQVIT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define VQVIT_UNROLL _Pragma("unroll")
 #define VQVIT_NO_UNROLL _Pragma("unroll 1")
+#define VQVIT_PRAGMA(text) _Pragma(#text)
+#define VQVIT_UNROLL_BY(n) VQVIT_PRAGMA(unroll n)
 #else
 #include "twin.h"
 #define VQVIT_DEVICE inline
@@ -23,6 +25,7 @@
 #define VQVIT_KERNEL(threads, blocks) void
 #define VQVIT_UNROLL
 #define VQVIT_NO_UNROLL
+#define VQVIT_UNROLL_BY(n)
 #endif
 
 namespace vqvit {
@@ -47,7 +50,6 @@ VQVIT_DEVICE int64_t block_y() { return blockIdx.y; }
 VQVIT_DEVICE int64_t grid_x() { return gridDim.x; }
 VQVIT_DEVICE void block_barrier() { __syncthreads(); }
 VQVIT_DEVICE void warp_barrier() { __syncwarp(); }
-VQVIT_DEVICE void named_barrier(int id, int count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
 VQVIT_DEVICE unsigned char* shared_memory() {
     extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
     return dynamic_shared_memory;
@@ -57,7 +59,6 @@ VQVIT_DEVICE int thread_id() { return twin::position().thread; }
 VQVIT_DEVICE int64_t block_x() { return twin::position().block.x; }
 VQVIT_DEVICE int64_t block_y() { return twin::position().block.y; }
 VQVIT_DEVICE int64_t grid_x() { return twin::position().blocks.x; }
-VQVIT_DEVICE void named_barrier(int id, int count) { twin::barrier(id, count); }
 VQVIT_DEVICE void block_barrier() { twin::barrier(0, twin::position().threads); }
 VQVIT_DEVICE void warp_barrier() {
     twin::warp_collective("warp_barrier", nullptr, [](void* const*) {});
@@ -231,6 +232,44 @@ VQVIT_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
 }
 #endif
 
+// The same matrices of 8 x 8 pairs of bytes, transposed: r[i] of lane l gets pair l / 4 of row 2 (l % 4) of matrix i in
+// its low half, and of the next row in its high half.
+#ifdef __CUDACC__
+VQVIT_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+#else
+VQVIT_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+    struct Argument {
+        uint32_t* r;
+        const unsigned char* row;
+    } argument{r, static_cast<const unsigned char*>(row)};
+    twin::warp_collective("load_matrices_transposed", &argument, [](void* const* lanes) {
+        for (int i = 0; i < kWarp * 8; ++i) {  // lane i / 8, matrix i % 8 / 2, half i % 2
+            const int matrix = i % 8 / 2, source_row = i / 8 % 4 * 2 + i % 2;
+            const auto* source = static_cast<const Argument*>(lanes[matrix * 8 + source_row]);
+            auto* half = reinterpret_cast<unsigned char*>(static_cast<Argument*>(lanes[i / 8])->r + matrix) + i % 2 * 2;
+            std::memcpy(half, source->row + i / 32 * 2, 2);
+        }
+    });
+}
+#endif
+
+// Byte i of the result is byte s of the eight bytes a, b; s is hex digit i of `selector`, the lowest first.
+#ifdef __CUDACC__
+VQVIT_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+#else
+VQVIT_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = uint64_t{b} << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= (bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return result;
+}
+#endif
+
 // ---- asynchronous copies to shared memory: 16 bytes each, of which the first `valid` are read, zeros after them -----
 
 #ifdef __CUDACC__
@@ -242,6 +281,14 @@ VQVIT_DEVICE void copy_async_16(void* to, const void* from, int valid) {
     uint4 value = make_uint4(0, 0, 0, 0);
     if (valid > 0) value = *static_cast<const uint4*>(from);  // callers copy whole chunks or none
     *static_cast<uint4*>(to) = value;
+#endif
+}
+// Four bytes, all of them.
+VQVIT_DEVICE void copy_async_4(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+#else
+    *static_cast<uint32_t*>(to) = *static_cast<const uint32_t*>(from);
 #endif
 }
 VQVIT_DEVICE void copy_async_commit() {
@@ -257,6 +304,7 @@ VQVIT_DEVICE void copy_async_wait() {
 }
 #else
 VQVIT_DEVICE void copy_async_16(void* to, const void* from, int valid) { twin::copy_async(to, from, 16, valid); }
+VQVIT_DEVICE void copy_async_4(void* to, const void* from) { twin::copy_async(to, from, 4, 4); }
 VQVIT_DEVICE void copy_async_commit() { twin::copy_async_commit(); }
 template <int GroupsLeft>
 VQVIT_DEVICE void copy_async_wait() {

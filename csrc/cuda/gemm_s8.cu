@@ -117,7 +117,8 @@ template <int NJ, int Warps, int Stages, int Blocks>
 int launch_grouped(const GemmTask& task, void* stream) {
     using T = Tile<1, NJ, Warps, Stages>;
     const auto tiles = static_cast<unsigned>(ceil_div(task.g.m, T::kRows) * ceil_div(task.g.n, T::kColumns));
-    return launch(grouped_gemm_kernel<NJ, Warps, Stages, Blocks>, Dim3(tiles), T::kThreads, T::kSharedBytes, stream, task);
+    return launch(
+        grouped_gemm_kernel<NJ, Warps, Stages, Blocks>, Dim3(tiles), T::kThreads, T::kSharedBytes, stream, task);
 }
 
 // The tile of most reuse that still gives every multiprocessor a block. Codes by group or head need 128 columns.

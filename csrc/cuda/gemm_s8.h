@@ -1,9 +1,9 @@
-// An INT8 GEMM and what happens to its accumulators: the task that the kernels of gemm_s8.cu and gemm_s8_wgmma.cu share.
+// What the INT8 GEMMs of this folder share: the task, and what happens to accumulators.
 //
 // Fragments are those of mma.sync and wgmma alike: a warp holds 16 rows of 8 · NJ columns, acc[j][0..1] of a lane being
 // row lane / 4 and columns 8 j + 2 (lane % 4) ..., acc[j][2..3] the row 8 further down. They go through shared memory
-// once, so that eight lanes hold a row: a lane then has the 4 columns 32 i + 4 (lane % 8) ... of each 32, loads and stores
-// are of whole sectors, and a row's maximum takes three shuffles.
+// once, so that eight lanes hold a row: a lane then has the 4 columns 32 i + 4 (lane % 8) ... of each 32, loads and
+// stores are of whole sectors, and a row's maximum takes three shuffles.
 // Operations for each output: 1.5 through shared memory, 3 to dequantize, 18 for GELU, 8 for codes.
 #pragma once
 
@@ -160,7 +160,8 @@ private:
         dequantize(sums, y, m);
     }
     VQVIT_DEVICE void dequantize(float (&sums)[kBlocks][4], float (&y)[kBlocks][4], int64_t m) const {
-        const float a_scale = g_.a_groups != 0 ? 1.0f : m < g_.m ? g_.a_scale[m] : 0.0f;  // by group: already in the sums
+        float a_scale = 1.0f;  // scales by group are in the sums already
+        if (g_.a_groups == 0) a_scale = m < g_.m ? g_.a_scale[m] : 0.0f;
         for_each([&](int i, int e) { y[i][e] = fmaf(sums[i][e], a_scale * b_scale(i, e), bias(i, e)); });
     }
     VQVIT_DEVICE float b_scale(int i, int e) const { return four(b_scale_, i).at[e]; }
@@ -308,7 +309,9 @@ private:
             } else {
                 float* v = t_.v + (m * t_.heads + segment - 2 * t_.heads) * Width + lane_column_;
                 VQVIT_UNROLL
-                for (int i = 0; i < kCount; ++i) store_pack(v + 32 * i, first + i, [&](int b, int e) { return y[b][e]; });
+                for (int i = 0; i < kCount; ++i) {
+                    store_pack(v + 32 * i, first + i, [&](int b, int e) { return y[b][e]; });
+                }
                 continue;
             }
             const Encoder encode = Encoder::in_range(scale);

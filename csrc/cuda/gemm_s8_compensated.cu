@@ -2,8 +2,9 @@
 //
 //     y = α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ] / 254 + μ R_A R_Bᵀ / 254²) + bias
 //
-// Shapes: a and its residual codes (M, K) int8, b and its residual codes (N, K) int8, out (M, N) float. Up to four products
-// of the same tiles share one loop: each tile is copied once, and one int32 accumulator serves each power of 1 / 254.
+// Shapes: a and its residual codes (M, K) int8, b and its residual codes (N, K) int8, out (M, N) float. Up to four
+// products of the same tiles share one loop: each tile is copied once, and one int32 accumulator serves each power of
+// 1 / 254.
 // Operations: 2 · M · N · K int8 for each product. Bytes: twice those of the plain GEMM with both residuals.
 #include "gemm_s8.h"
 #include "library.h"

@@ -1,7 +1,7 @@
 // INT8 GEMM for Hopper: wgmma on tiles that TMA copies, two consumer warpgroups in ping-pong (formulas: gemm_s8.cu).
 //
-// Grid: one block a multiprocessor, which walks tiles of 64 · MI rows and 128 columns. Warpgroup 0 fills a ring of stages
-// of 128 bytes of K; warpgroups 1 and 2 take turns: one multiplies its tile while the other finishes the one before, so
+// Grid: one block a multiprocessor, which walks tiles of 64 · MI rows and 128 columns. Warpgroup 0 fills a ring of
+// stages of 128 bytes of K; warpgroups 1 and 2 take turns: one multiplies its tile while the other finishes the one before, so
 // that an epilogue as long as the main loop (GELU and codes at K = 768) hides under it. Only the copies order the two:
 // the stages of a tile follow those of the tile before.
 // With group scales a stage is a group: its products land in one of two sets of registers, and while the next stage is
@@ -177,7 +177,8 @@ wgmma_kernel(
         int use = 0;
         for (int64_t index = block_x(); index < tiles_m * tiles_n; index += grid_x()) {
             const TileIndex tile = tile_index(index, tiles_m, tiles_n);
-            const auto row = static_cast<int>(tile.row * Ring<MI>::kRows), column = static_cast<int>(tile.column * kColumns);
+            const auto row = static_cast<int>(tile.row * Ring<MI>::kRows);
+            const auto column = static_cast<int>(tile.column * kColumns);
             for (int step = 0; step < steps; ++step) ring.fill(use++, a_map, b_map, step * kStageK, row, column);
         }
         return;

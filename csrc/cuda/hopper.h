@@ -1,5 +1,5 @@
-// What sm_90a adds to device.h: barriers in shared memory, bulk tensor copies (TMA) and warpgroup products (wgmma), on a
-// GPU or in the host's twin, where products are computed when they are waited for.
+// What sm_90a adds to device.h: barriers in shared memory, bulk tensor copies (TMA) and warpgroup products (wgmma), on
+// a GPU or in the host's twin, where products are computed when they are waited for.
 #pragma once
 
 #include "device.h"
@@ -101,7 +101,9 @@ VQVIT_DEVICE void copy_box(void* to, const TensorMap& from, int first_k, int fir
         ::"r"(shared_address(to)), "l"(&from.map), "r"(first_k), "r"(first_row), "r"(shared_address(b))
         : "memory");
 }
-VQVIT_DEVICE void prefetch(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map.map) : "memory"); }
+VQVIT_DEVICE void prefetch(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map.map) : "memory");
+}
 #else
 VQVIT_DEVICE void copy_box(void* to, const TensorMap& from, int first_k, int first_row, SharedBarrier* b) {
     for (int r = 0; r < from.box_rows; ++r) {
@@ -121,7 +123,7 @@ VQVIT_DEVICE void prefetch(const TensorMap&) {}
 
 // ---- warpgroup products ---------------------------------------------------------------------------------------------
 
-// d (64, 128) int32 (+)= A (64, 32) · B (128, 32)ᵀ of s8 in swizzled shared memory; all threads of a warpgroup take part.
+// d (64, 128) int32 (+)= A (64, 32) · B (128, 32)ᵀ of s8 in swizzled shared memory, by all threads of a warpgroup.
 // Warp w of the group holds rows 16 w ... in the fragments of gemm_s8.h. Products are queued: wgmma_fence before the
 // first that touches registers, wgmma_commit after a group of them, wgmma_wait before the results or operands are used.
 constexpr int kWgmmaColumns = 128;

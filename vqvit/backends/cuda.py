@@ -19,8 +19,8 @@ from vqvit.reference import pack_weight, unpack_weight  # noqa: F401  (a layout 
 PROJECTION_HEAD_DIMS = (32, 64, 128)
 """Heads whose codes the projection's epilogue makes; others take `int8_linear` and `quantize_qkv`."""
 
-ATTENTION_CODE_DIMS = (64, 128)
-"""Heads whose attention stores codes itself; others take `int8_attention` and `quantize_per_group`."""
+ATTENTION_CODE_KEYS = {64: nm.MAX_KEYS, 128: 208}
+"""Most keys, by head dimension, for which attention stores codes itself; else `quantize_per_group` follows it."""
 
 
 def unavailable() -> str | None:
@@ -215,7 +215,7 @@ def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch
 @_on_stream
 def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
     batch, heads, queries, head_dim = q.shape
-    if head_dim not in ATTENTION_CODE_DIMS:
+    if k.shape[2] > ATTENTION_CODE_KEYS.get(head_dim, 0):
         return quantize_per_group(int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale).flatten(0, 1))
     codes = q.new_empty((batch * queries, heads * head_dim), dtype=torch.int8)
     scale = q.new_empty((batch * queries, -(-heads * head_dim // nm.GROUP)), dtype=torch.float32)

@@ -108,7 +108,8 @@ def kernels(run: Run) -> Iterator[dict]:
     rounds = 7 if run.cuda else 2
     for (arch, batch, shape), backend in itertools.product(kernel_shapes(run), run.backends):
         m = batch * shape.tokens
-        predicted = roofline.int8_block(roofline.GPUS["h200"], shape, batch)
+        kernels = roofline.BACKENDS.get(backend, roofline.BACKENDS["triton"])
+        predicted = roofline.int8_block(run.gpu, shape, batch, kernels)
         base = {"backend": backend, "arch": arch, "batch": batch}
         with vqvit.backend(backend):
             for launch, (n, k) in shape.linears.items():

@@ -86,23 +86,23 @@ def models(run: Run) -> Iterator[dict]:
             return
         found, missing = contenders(run, arch)
         for name, reason in missing.items():
-            yield model_row(arch, "", (name, "torch"), note=f"missing: {reason}")
+            yield model_row(run, arch, "", (name, "torch"), note=f"missing: {reason}")
         for batch in batches:
             pixels = pixels_for(run, batch)
             timers, memory = {}, {}
             for engine, model in found.items():
                 if run.late:
-                    yield model_row(arch, batch, engine, note="skipped: out of time")
+                    yield model_row(run, arch, batch, engine, note="skipped: out of time")
                     continue
                 try:
                     timers[engine], memory[engine] = model_timer(run, model, engine[1], pixels)
                 except Exception as error:  # a peer may fail in any way: the row says how
-                    yield model_row(arch, batch, engine, note=f"{type(error).__name__}: {str(error)[:160]}")
+                    yield model_row(run, arch, batch, engine, note=f"{type(error).__name__}: {str(error)[:160]}")
             times = take_turns(timers, (5 if run.quick else 15) if run.cuda else 2) if timers else {}
             floats = [t[0] for (name, _), t in times.items() if name.startswith("bf16")]
             for engine, (median, low, high) in times.items():
                 ratio = min(floats) / median if floats else None
-                yield model_row(arch, batch, engine, median, low, high, ratio, memory[engine])
+                yield model_row(run, arch, batch, engine, median, low, high, ratio, memory[engine])
 
 
 def model_timer(run: Run, model: nn.Module, backend: str, pixels: Tensor) -> tuple[Callable[[], float], float]:
@@ -126,13 +126,15 @@ def model_timer(run: Run, model: nn.Module, backend: str, pixels: Tensor) -> tup
     return once, torch.cuda.max_memory_allocated() / 1e6
 
 
-def model_row(arch, batch, engine, median=None, low=None, high=None, ratio=None, memory=None, note="") -> dict:
+def model_row(
+    run: Run, arch, batch, engine, median=None, low=None, high=None, ratio=None, memory=None, note=""
+) -> dict:
     known, (name, backend) = median is not None, engine
     graphed = name == "vqvit graphed"
     shape = roofline.SHAPES.get(arch)
     predicted = ""
-    if known and shape and graphed:
-        predicted = f"{roofline.model_us(roofline.GPUS['h200'], shape, batch, 8):.0f}"
+    if known and shape and graphed and backend in roofline.BACKENDS:
+        predicted = f"{roofline.model_us(run.gpu, shape, batch, roofline.BACKENDS[backend]):.0f}"
     return {"arch": arch, "batch": batch, "engine": name, "backend": backend, "us": f"{median:.1f}" if known else "",
             "p20": f"{low:.1f}" if known else "", "p80": f"{high:.1f}" if known else "",
             "images_per_s": f"{batch / median * 1e6:.0f}" if known else "",

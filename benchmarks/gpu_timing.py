@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+import roofline
 import torch
 
 from vqvit import backends
@@ -21,6 +22,11 @@ class Run:
     @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def gpu(self) -> roofline.Gpu:
+        """What predictions are made for."""
+        return roofline.part(torch.cuda.get_device_name(self.device) if self.cuda else "")
 
     @property
     def late(self) -> bool:

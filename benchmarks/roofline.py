@@ -8,6 +8,7 @@ to be proved wrong: `benchmarks/gpu.py` stores them beside what it measures.
 """
 
 import argparse
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -46,11 +47,15 @@ GPUS = {
 }
 
 
+def part(device: str) -> Gpu:
+    """The GPU that a device's name says, or an H200."""
+    return next((gpu for name, gpu in GPUS.items() if name.upper() in device.upper()), GPUS["h200"])
+
+
 @dataclass(frozen=True)
 class Fractions:
     """What a kernel reaches of a rate; `gap_us` between two kernels of a graph."""
 
-    tensor_int8: float = 0.65  # Triton waits for each int8 wgmma before the next loads
     tensor_bf16: float = 0.80  # cuBLAS, measured: 788 of 989 on an H200
     instructions: float = 0.6
     bytes: float = 0.85
@@ -59,6 +64,19 @@ class Fractions:
 
 FRACTIONS = Fractions()
 
+
+@dataclass(frozen=True)
+class Kernels:
+    """Where the int8 backends differ: share of the tensor rate, instructions of attention for each logit."""
+
+    tensor: float
+    logit: int
+
+
+# Instructions are counted in the code compiled for sm_90, masked keys included at 197 tokens; the shares are guesses:
+# Triton waits for each int8 wgmma before the next loads, the CUDA kernels keep them in flight as cuBLAS does.
+BACKENDS = {"triton": Kernels(tensor=0.65, logit=67), "cuda": Kernels(tensor=0.80, logit=27)}
+
 TILE = 128  # rows and columns of a GEMM tile
 EPILOGUE = {"none": 9, "gelu": 24, "residual": 11, "codes": 17, "gelu_codes": 32}
 """Instructions for each output of a GEMM: 3 to dequantize, 18 for GELU and 8 for codes are counted in the code of
@@ -66,7 +84,7 @@ the Triton kernels (kernels/gemm_s8.py); loads, stores and addresses are estimat
 """
 
 ROW_INSTRUCTIONS = {"layernorm": 30, "quantize": 12}  # an element; the LayerNorm's exact sums are an estimate
-LOGIT_INSTRUCTIONS = 24  # kernels/attention_s8.py
+BF16_LOGIT_INSTRUCTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -102,24 +120,29 @@ def kernel_us(gpu: Gpu, tensor_us: float = 0.0, instructions: float = 0.0, traff
     return max(tensor_us, instruction_us, byte_us) + FRACTIONS.gap_us
 
 
-def gemm_us(gpu: Gpu, m: int, n: int, k: int, out_bytes: float, epilogue: str = "none", bits: int = 8) -> float:
-    """A GEMM (M, K) x (N, K)ᵀ on int8 (bits = 8) or bf16 (bits = 16) operands, storing `out_bytes` an output."""
-    tops, fraction = (gpu.int8_tops, FRACTIONS.tensor_int8) if bits == 8 else (gpu.bf16_tops, FRACTIONS.tensor_bf16)
+def tensor_rate(gpu: Gpu, int8: Kernels | None) -> float:
+    """Tera-operations/s that the kernels of a backend reach, or those of bf16."""
+    return gpu.bf16_tops * FRACTIONS.tensor_bf16 if int8 is None else gpu.int8_tops * int8.tensor
+
+
+def gemm_us(
+    gpu: Gpu, m: int, n: int, k: int, out_bytes: float, epilogue: str = "none", int8: Kernels | None = None
+) -> float:
+    """A GEMM (M, K) x (N, K)ᵀ, on int8 operands with a backend's kernels or on bf16, storing `out_bytes` an output."""
     tiles = math.ceil(m / TILE) * math.ceil(n / TILE)
     waves = max(math.ceil(tiles / gpu.sms), tiles / gpu.sms)
-    tile_us = 2 * TILE * TILE * k / (tops * 1e6 / gpu.sms * fraction)
-    traffic = (m + n) * k * bits / 8 + m * n * out_bytes
+    tile_us = 2 * TILE * TILE * k / (tensor_rate(gpu, int8) * 1e6 / gpu.sms)
+    traffic = (m + n) * k * (2 if int8 is None else 1) + m * n * out_bytes
     return kernel_us(gpu, waves * tile_us, m * n * EPILOGUE[epilogue], traffic)
 
 
-def attention_us(gpu: Gpu, batch: int, shape: Shape, bits: int = 8) -> float:
+def attention_us(gpu: Gpu, batch: int, shape: Shape, int8: Kernels | None = None) -> float:
     """Attention over whole sequences: the exponentials bound the int8 one."""
     logits = batch * shape.heads * shape.tokens**2
-    products = 3 if bits == 8 else 2  # one for the logits; two digits, or one, for the values
-    tops, fraction = (gpu.int8_tops, FRACTIONS.tensor_int8) if bits == 8 else (gpu.bf16_tops, FRACTIONS.tensor_bf16)
-    tensor_us = 2 * products * logits * shape.width / shape.heads / (tops * 1e6 * fraction)
-    traffic = batch * shape.tokens * shape.width * (3 * bits / 8 + 2)
-    return kernel_us(gpu, tensor_us, logits * (LOGIT_INSTRUCTIONS if bits == 8 else 8), traffic)
+    products = 2 if int8 is None else 3  # one for the logits; two digits, or one, for the values
+    tensor_us = 2 * products * logits * shape.width / shape.heads / (tensor_rate(gpu, int8) * 1e6)
+    traffic = batch * shape.tokens * shape.width * (8 if int8 is None else 5)
+    return kernel_us(gpu, tensor_us, logits * (BF16_LOGIT_INSTRUCTIONS if int8 is None else int8.logit), traffic)
 
 
 def row_us(gpu: Gpu, rows: int, width: int, op: str, bytes_each: float) -> float:
@@ -127,18 +150,18 @@ def row_us(gpu: Gpu, rows: int, width: int, op: str, bytes_each: float) -> float
     return kernel_us(gpu, 0.0, rows * width * ROW_INSTRUCTIONS[op], rows * width * bytes_each)
 
 
-def int8_block(gpu: Gpu, shape: Shape, batch: int) -> dict[str, float]:
+def int8_block(gpu: Gpu, shape: Shape, batch: int, int8: Kernels) -> dict[str, float]:
     """Microseconds of each launch of an int8 block with a bf16 stream and group scales (docs/numerics.md §3)."""
     m, w, mlp = batch * shape.tokens, shape.width, shape.mlp
     return {
         "norm1": row_us(gpu, m, w, "layernorm", 3),
-        "qkv": gemm_us(gpu, m, 3 * w, w, 2, "codes"),  # int8 q and k, fp32 v
+        "qkv": gemm_us(gpu, m, 3 * w, w, 2, "codes", int8),  # int8 q and k, fp32 v
         "v_codes": row_us(gpu, m, w, "quantize", 5),
-        "attention": attention_us(gpu, batch, shape),
-        "attn_out": gemm_us(gpu, m, w, w, 4, "residual"),
+        "attention": attention_us(gpu, batch, shape, int8),
+        "attn_out": gemm_us(gpu, m, w, w, 4, "residual", int8),
         "norm2": row_us(gpu, m, w, "layernorm", 3),
-        "fc1": gemm_us(gpu, m, mlp, w, 1, "gelu_codes"),
-        "fc2": gemm_us(gpu, m, w, mlp, 4, "residual"),
+        "fc1": gemm_us(gpu, m, mlp, w, 1, "gelu_codes", int8),
+        "fc2": gemm_us(gpu, m, w, mlp, 4, "residual", int8),
     }
 
 
@@ -147,50 +170,41 @@ def bf16_block(gpu: Gpu, shape: Shape, batch: int) -> dict[str, float]:
     m, w, mlp = batch * shape.tokens, shape.width, shape.mlp
     return {
         "norm1": row_us(gpu, m, w, "layernorm", 4),
-        "qkv": gemm_us(gpu, m, 3 * w, w, 2, bits=16),
-        "attention": attention_us(gpu, batch, shape, bits=16),
-        "attn_out": gemm_us(gpu, m, w, w, 2, bits=16),
+        "qkv": gemm_us(gpu, m, 3 * w, w, 2),
+        "attention": attention_us(gpu, batch, shape),
+        "attn_out": gemm_us(gpu, m, w, w, 2),
         "add_norm2": row_us(gpu, m, w, "layernorm", 8),
-        "fc1": gemm_us(gpu, m, mlp, w, 2, bits=16),
+        "fc1": gemm_us(gpu, m, mlp, w, 2),
         "gelu": row_us(gpu, m, mlp, "quantize", 4),
-        "fc2": gemm_us(gpu, m, w, mlp, 2, bits=16),
+        "fc2": gemm_us(gpu, m, w, mlp, 2),
         "add": row_us(gpu, m, w, "quantize", 6),
     }
 
 
-def model_us(gpu: Gpu, shape: Shape, batch: int, bits: int) -> float:
+def model_us(gpu: Gpu, shape: Shape, batch: int, int8: Kernels | None) -> float:
     """A model's blocks and its patch embedding."""
-    block = int8_block if bits == 8 else bf16_block
-    patches = gemm_us(gpu, batch * (shape.tokens - 1), shape.width, shape.patch, 2, bits=bits)
-    return shape.blocks * sum(block(gpu, shape, batch).values()) + patches
+    block = bf16_block(gpu, shape, batch) if int8 is None else int8_block(gpu, shape, batch, int8)
+    patches = gemm_us(gpu, batch * (shape.tokens - 1), shape.width, shape.patch, 2, int8=int8)
+    return shape.blocks * sum(block.values()) + patches
 
 
 def predictions(gpu_names: list[str], archs: list[str], batches: list[int]) -> list[dict]:
-    """A row for each launch of a block, and one for the model."""
+    """A row for each backend and launch of a block, and one for the model."""
     rows = []
-    for name in gpu_names:
-        gpu = GPUS[name]
-        for arch in archs:
-            shape = SHAPES[arch]
-            for batch in batches:
-                key = {"gpu": name, "arch": arch, "batch": batch}
-                m = batch * shape.tokens
-                for launch, us in int8_block(gpu, shape, batch).items():
-                    row = {**key, "what": launch, "us": round(us, 2), "peak": "", "speedup": ""}
-                    if launch in shape.linears:
-                        n, k = shape.linears[launch]
-                        row["peak"] = round(2 * m * n * k / us / gpu.int8_tops / 1e6, 3)
-                    rows.append(row)
-                int8_us, bf16_us = (model_us(gpu, shape, batch, bits) for bits in (8, 16))
-                rows.append(
-                    {
-                        **key,
-                        "what": "model",
-                        "us": round(int8_us, 1),
-                        "peak": "",
-                        "speedup": round(bf16_us / int8_us, 2),
-                    }
-                )
+    for name, arch, batch, backend in itertools.product(gpu_names, archs, batches, BACKENDS):
+        gpu, shape, int8 = GPUS[name], SHAPES[arch], BACKENDS[backend]
+        key = {"gpu": name, "arch": arch, "batch": batch, "kernels": backend}
+        m = batch * shape.tokens
+        for launch, us in int8_block(gpu, shape, batch, int8).items():
+            row = {**key, "what": launch, "us": round(us, 2), "peak": "", "speedup": ""}
+            if launch in shape.linears:
+                n, k = shape.linears[launch]
+                row["peak"] = round(2 * m * n * k / us / gpu.int8_tops / 1e6, 3)
+            rows.append(row)
+        int8_us, bf16_us = (model_us(gpu, shape, batch, kernels) for kernels in (int8, None))
+        rows.append(
+            {**key, "what": "model", "us": round(int8_us, 1), "peak": "", "speedup": round(bf16_us / int8_us, 2)}
+        )
     return rows
 
 

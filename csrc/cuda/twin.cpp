@@ -224,7 +224,7 @@ const char* run(Dim3 grid, int threads, size_t shared_bytes, const std::function
                 switch_to(scheduler, current->context);
                 left += !current->done;
             }
-            if (left > 0 && state.events == before) state.error = "deadlock: every thread waits";
+            if (left > 0 && state.events == before && state.error.empty()) state.error = "deadlock: every thread waits";
         }
         if (!state.error.empty()) {
             last_error = state.error;

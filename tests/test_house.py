@@ -154,7 +154,7 @@ def test_results_have_provenance(result):
     for row in rows:
         assert row.get("commit") and row.get("command"), f"{result}: a row without commit or command"
         assert row.get("device") or row.get("arch"), f"{result}: a row without the device or architecture it is about"
-        assert row.get("torch") or row.get("triton"), f"{result}: a row without versions"
+        assert row.get("torch") or row.get("triton") or row.get("nvcc"), f"{result}: a row without versions"
         assert None not in row and None not in row.values(), f"{result}: a row of another width"
         assert not re.search(r"(^|\s)/\w", row["command"]), f"{result}: a path of some machine in {row['command']!r}"
     readme = (ROOT / "benchmarks" / "results" / "README.md").read_text()

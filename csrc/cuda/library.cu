@@ -51,8 +51,12 @@ int describe_tensor(TensorMap* map, const int8_t* data, int64_t rows, int64_t k,
     using Encode = decltype(&cuTensorMapEncodeTiled);
     void* function = nullptr;  // of the driver, which the library does not link
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
     if (error != cudaSuccess) return cuda_status(error);
     if (found != cudaDriverEntryPointSuccess) return failed("the driver has no cuTensorMapEncodeTiled");
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)};

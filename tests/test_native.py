@@ -227,3 +227,48 @@ def test_calls_from_several_python_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_asking_for_cuda_builds_nothing(tmp_path, monkeypatch, fake_compiler):
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "csrc_directory", lambda: CSRC)
+    monkeypatch.setattr(native, "_loaded", {})
+    assert native.cuda_unavailable() is None
+    assert not fake_compiler.exists() or "call" not in fake_compiler.read_text()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("NVCC", "no-such-compiler")
+    for emulated, compiler in (("1", "C++"), ("0", "CUDA")):
+        monkeypatch.setenv("VQVIT_CUDA_TWIN", emulated)
+        assert f"{compiler} compiler 'no-such-compiler' not found" in native.cuda_unavailable()
+
+
+def test_failed_build_of_a_cuda_kernel_is_a_reason(tmp_path, monkeypatch):
+    compiler = tmp_path / "failing-g++"
+    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'error: no such instruction' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("VQVIT_CUDA_TWIN", "1")
+    monkeypatch.setenv("VQVIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "_loaded", {})
+    with pytest.raises(native.NativeUnavailableError, match="no such instruction"):
+        native.cuda()
+    assert "no such instruction" in native.cuda_unavailable()
+
+
+@pytest.mark.parametrize(("capability", "arch"), [((7, 5), "75"), ((8, 0), "80"), ((8, 9), "80"), ((9, 0), "90a")])
+def test_first_use_builds_for_the_part_at_hand(monkeypatch, capability, arch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    flags = _build.cuda_library((native._cuda_arch(),)).flags
+    assert [flag for flag in flags if "code=sm_" in flag] == [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (6, 1)])
+def test_cuda_backend_refuses_parts_without_int8_tensor_cores(monkeypatch, capability):
+    from vqvit.backends import cuda
+
+    monkeypatch.setenv("VQVIT_CUDA_TWIN", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert "7.5 or later" in cuda.unavailable()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in cuda.unavailable()

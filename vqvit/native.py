@@ -117,13 +117,28 @@ def emulating_cuda() -> bool:
     return os.environ.get("VQVIT_CUDA_TWIN") == "1"
 
 
-def unavailable(device: str) -> str | None:
-    """Why the library of a device ("cpu" or "cuda") cannot be used, or None if it can."""
+def cpu_unavailable() -> str | None:
+    """Why the CPU library cannot be used, or None if it can."""
     try:
-        cpu() if device == "cpu" else cuda()
+        cpu()
     except NativeUnavailableError as error:
         return str(error)
     return None
+
+
+def cuda_unavailable() -> str | None:
+    """Why the CUDA library cannot be used, or None if it is there or can be built (which takes minutes: not now)."""
+    library = CUDA_TWIN if emulating_cuda() else CUDA
+    if library.file in _loaded:
+        found = _loaded[library.file]
+        return found if isinstance(found, str) else None
+    if (_PACKAGE / "_lib" / library.file).is_file():
+        return None
+    try:
+        _build.compiler(library)
+    except _build.BuildError as error:
+        return str(error)
+    return None if csrc_directory() else "no sources to build the CUDA library from"
 
 
 def _library(library: Library) -> ctypes.CDLL:
@@ -158,7 +173,8 @@ def cached_library(csrc: Path, library: Library) -> Path:
     key = hashlib.sha256(f"{_build.source_hash(csrc, library)} {version}".encode()).hexdigest()[:16]
     path = cache_directory() / key / library.file
     if not path.is_file():
-        logger.info("compiling %s into %s", csrc / library.device, path)
+        level = logging.WARNING if library.compiler == "nvcc" else logging.INFO  # minutes, or seconds
+        logger.log(level, "compiling %s into %s, once", csrc / library.device, path)
         start = time.perf_counter()
         _build.build(csrc, library, path)
         logger.info("compiled in %.1f s", time.perf_counter() - start)

@@ -15,7 +15,7 @@ from vqvit.reference import K_GROUP, PANEL
 
 def unavailable() -> str | None:
     """Why the native library cannot be used, or None if it can."""
-    return native.unavailable("cpu")
+    return native.cpu_unavailable()
 
 
 def device_types() -> tuple[str, ...]:

@@ -31,7 +31,7 @@ def unavailable() -> str | None:
         capability = torch.cuda.get_device_capability()
         if capability < CUDA_MIN_CAPABILITY:
             return too_old(capability, CUDA_MIN_CAPABILITY)
-    return native.unavailable("cuda")
+    return native.cuda_unavailable()
 
 
 def device_types() -> tuple[str, ...]:

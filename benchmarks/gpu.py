@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from op_cases import CASES  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import vqvit  # noqa: E402
-from vqvit import engines, reference  # noqa: E402
+from vqvit import engines, native, reference  # noqa: E402
 from vqvit.provenance import append_csv, environment, provenance_row  # noqa: E402
 from vqvit.report import text_table  # noqa: E402
 
@@ -176,9 +177,17 @@ def summary(facts: dict, done: dict[str, tuple[list[dict], str | None, float]], 
     return "\n".join(parts) + "\n"
 
 
+def build_cuda() -> None:
+    """Build the CUDA C++ kernels; why that fails is what their first use then says."""
+    with contextlib.suppress(native.NativeUnavailableError):
+        native.cuda()
+
+
 def run_all(wanted: list[str], device: torch.device, quick: bool, seconds: float, folder: Path) -> bool:
     """Run sections one after the other; gpu.md is rewritten after each. Returns whether anything was wrong."""
     names, facts, done = native_backends(device.type), environment(device), {}
+    if "cuda" in names:  # nvcc takes a minute, in which Triton's kernels are checked
+        threading.Thread(target=build_cuda, daemon=True).start()
     start, share = time.monotonic(), 0.0
     with contextlib.suppress(OutOfTime), time_limit(seconds + GRACE_SECONDS):
         for name in wanted:

@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import threading
 import time
 from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -101,6 +102,8 @@ _SIGNATURES = {
 _loaded: dict[str, ctypes.CDLL | str] = {}
 """By the library's file: the library, or why it cannot be loaded."""
 
+_locks = {library.file: threading.Lock() for library in (CPU, CUDA, CUDA_TWIN)}
+
 
 def cpu() -> ctypes.CDLL:
     """The CPU library, loaded on first use. Raises `NativeUnavailableError`."""
@@ -142,11 +145,12 @@ def cuda_unavailable() -> str | None:
 
 
 def _library(library: Library) -> ctypes.CDLL:
-    if library.file not in _loaded:
-        try:
-            _loaded[library.file] = _declare(_load(library), library.device)
-        except (_build.BuildError, OSError) as error:
-            _loaded[library.file] = str(error)
+    with _locks[library.file]:  # whoever comes while it is built waits for it
+        if library.file not in _loaded:
+            try:
+                _loaded[library.file] = _declare(_load(library), library.device)
+            except (_build.BuildError, OSError) as error:
+                _loaded[library.file] = str(error)
     found = _loaded[library.file]
     if isinstance(found, str):
         raise NativeUnavailableError(found)

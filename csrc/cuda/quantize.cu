@@ -3,8 +3,7 @@
 //
 // Bytes of a row: (input size + 1) · k; residual codes (input size + 2) · k. Operations of an element: about 8 per
 // token (magnitude, maximum, five for the code, its share of packing), 10 static, 20 with a zero point, which divides,
-// and 10 more with δ. A row is read once if it has at most 8192
-// to 16384 columns, else once a pass, from L2.
+// and 10 more with δ. A row is read once if it has at most 8192 to 16384 columns, else once a pass, from L2.
 // Grid: a block of whole rows, or a row; groups and residual codes: (rows, tiles of a row).
 #include "quantize_rows.h"
 

@@ -9,7 +9,7 @@ from vqvit import native, reference
 from vqvit.backends import cuda as backend
 
 pytestmark = pytest.mark.skipif(
-    not native.emulating_cuda() or native.unavailable("cuda") is not None, reason="needs the CUDA kernels' twin"
+    not native.emulating_cuda() or native.cuda_unavailable() is not None, reason="needs the CUDA kernels' twin"
 )
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

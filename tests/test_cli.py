@@ -172,7 +172,7 @@ def test_inspect(capsys, float_folder, quantized_folder):
 def test_env(capsys):
     status, result, _ = run(capsys, "env")
     assert status == 0
-    assert [b["name"] for b in result["backends"]] == ["reference", "cpu", "triton"]
+    assert [b["name"] for b in result["backends"]] == ["reference", "cpu", "triton", "cuda"]
     assert result["torch"] == torch.__version__
     assert result["devices"][0]["backend"] in ("cpu", "reference")
 

@@ -263,7 +263,7 @@ def test_bad_call_says_what_was_expected_and_what_came(case):
 
 
 def test_backend_names():
-    with pytest.raises(ValueError, match="expected one of reference, cpu, triton or None; got 'cuda9'"):
+    with pytest.raises(ValueError, match="expected one of reference, cpu, triton, cuda or None; got 'cuda9'"):
         vqvit.backend("cuda9")
     with vqvit.backend("reference"):
         assert vqvit.backends.selected(torch.device("cpu")) == "reference"

@@ -111,6 +111,26 @@ def test_quantize_takes_a_plan(capsys, float_folder, quantized_folder, tmp_path)
     assert status == 0 and [p["name"] for p in result["plan"]["layers"]] == [p["name"] for p in plan["layers"]]
 
 
+@pytest.mark.parametrize(("mode", "tokens"), [("auto", 1), ("on", 1), ("off", None)])
+def test_quantize_cls_only(capsys, float_folder, tmp_path, mode, tokens):
+    status, result, _ = run(capsys, "quantize", float_folder, str(tmp_path / "out"), "--cls-only", mode)
+    assert status == 0 and [block["leading_tokens"] for block in result["plan"]["blocks"]] == [None, tokens]
+    assert cli.main(["quantize", float_folder, str(tmp_path / "text"), "--cls-only", mode]) == 0
+    assert f"CLS shortcut: {result['cls_only']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cls-only", "on", "--attention", "float"], "its attention is float"),
+        (["--cls-only", "yes"], "cls_only: expected one of auto, on, off; got 'yes'"),
+    ],
+)
+def test_quantize_cls_only_refused(capsys, float_folder, tmp_path, options, message):
+    status, _, err = run(capsys, "quantize", float_folder, str(tmp_path / "out"), *options)
+    assert status == 2 and message in err and not (tmp_path / "out").exists()
+
+
 def test_quantize_keeps_the_image_processor(float_folder, tmp_path):
     source = tmp_path / "source"
     source.mkdir()

@@ -20,7 +20,7 @@ LAYERS = (
     {"ops"},
     {"nn"},
     {"rewriter"},
-    {"guard"},
+    {"guard", "shortcut"},
     {"calibration", "hf"},
     {"checkpoint"},
     {"engines"},

@@ -75,6 +75,15 @@ def test_keywords_and_flags_are_part_of_the_signature(model, recorded):
     assert fast.graphs == 3
 
 
+def test_the_cls_shortcut_is_in_the_graph_where_no_hidden_states_are(model, recorded):
+    assert vqvit.rewriter.plan_of(model).shortened.leading_tokens == 1
+    fast, x = on_cpu(model, recorded), torch.randn(2, 3, 32, 32)
+    for _ in range(2):
+        hidden = fast(x, output_hidden_states=True).hidden_states[-1]
+        assert hidden.isfinite().all() and torch.equal(fast(x).logits, model(x).logits)
+    assert fast.graphs == 2
+
+
 def test_results_survive_the_next_call_unless_told_otherwise(model, recorded):
     a, b = torch.randn(2, 1, 3, 32, 32)
     fast = on_cpu(model, recorded)

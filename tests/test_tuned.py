@@ -225,7 +225,7 @@ def test_installations_have_the_tables(tmp_path):
 def tiny_models() -> list[torch.nn.Module]:
     from transformers import ViTConfig, ViTForImageClassification
 
-    shape = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256}
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
     return tuning.quantized(ViTForImageClassification(ViTConfig(image_size=32, patch_size=16, **shape)).eval())
 
 
@@ -240,7 +240,7 @@ def given_times(us: dict[str, float]):
     return timer
 
 
-def test_every_launch_of_a_model_is_measured_and_the_table_is_used(tmp_path):
+def test_launches_of_a_model_are_measured_and_the_table_is_used(tmp_path):
     calls = list(tuning.record(tiny_models(), [torch.randn(2, 3, 32, 32)]))
     assert {call.launch for call in calls} == {
         tuned.Launch("gemm_groups", 10, (384, 128)),  # q, k and v
@@ -251,9 +251,17 @@ def test_every_launch_of_a_model_is_measured_and_the_table_is_used(tmp_path):
         tuned.Launch("gemm_groups", 10, (256, 128)),
         tuned.Launch("gemm_groups", 10, (128, 256)),
         tuned.Launch("attention_quantize", 10, (2, 64, 5, 5)),
+        tuned.Launch("gemm", 2, (128, 128)),  # the last block, for CLS alone
+        tuned.Launch("gemm", 2, (256, 128)),
+        tuned.Launch("gemm", 2, (128, 256)),
+        tuned.Launch("gemm_groups", 2, (128, 128)),
+        tuned.Launch("gemm_groups", 2, (256, 128)),
+        tuned.Launch("gemm_groups", 2, (128, 256)),
+        tuned.Launch("attention_quantize", 2, (2, 64, 1, 5)),
         tuned.Launch("gemm", 8, (128, 768)),  # patches
         tuned.Launch("gemm", 2, (2, 128)),  # head
     }
+    calls = [call for call in calls if call.launch.m > 2]  # all kinds; the interpreter takes its time
     timer = given_times({"0": 10.0, "1": 8.0, "2": 12.0})
     choices = list(tuning.measure(calls, ODD, torch.device("cpu"), timer))
     assert [choice.problem for choice in choices] == [""] * len(calls)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqvit import guard
+from vqvit import guard, shortcut
 from vqvit import numerics as nm
 from vqvit.batches import Batch, read_batch
 from vqvit.nn import QuantLinear
@@ -73,25 +73,30 @@ def quantize_(
     hold NaN or exceed the accumulator bound. After an error the model is unchanged.
     """
     served = _read_sample(min_speedup, sample)
-    if isinstance(config, Plan):
-        plan, skipped = config, ()
-    else:
-        plan, skipped = make_plan(model, config or QuantConfig())
+    config = config or QuantConfig()
+    plan, skipped = (config, ()) if isinstance(config, Plan) else make_plan(model, config)
     static = [layer.name for layer in plan.layers if layer.activation == "static" and layer.tier != "fp16"]
     batches = _read_calibration(calibration, static)
+    example = served or next(iter(batches), None)
+    if isinstance(config, Plan):
+        cls_only = shortcut.check_shortcut(model, plan, example)
+    else:
+        plan, cls_only = shortcut.plan_shortcut(model, plan, config.cls_only, example)
     reports = apply_plan(model, plan)
     slower = ()
     try:
         _calibrate(model, static, batches, progress)
         if served is not None:
+            shortened = plan.shortened
             plan, slower = guard.keep_faster(model, plan, served.to(next(model.buffers()).device), min_speedup)
+            cls_only = cls_only if plan.shortened == shortened else shortcut.describe(plan.shortened)
     except (ValueError, RuntimeError, TypeError):
         restore(model)
         raise
     if not keep_float:
         release_float(model)
     kept = {layer.name for layer in plan.layers}
-    return Report((*(r for r in reports if r.name in kept), *slower, *skipped), plan)
+    return Report((*(r for r in reports if r.name in kept), *slower, *skipped), plan, cls_only)
 
 
 def _read_sample(min_speedup: float | None, sample: object) -> Batch | None:

@@ -15,7 +15,7 @@ from vqvit import timing
 from vqvit.batches import Batch
 from vqvit.nn import EncoderBlock
 from vqvit.plan import Plan
-from vqvit.rewriter import LayerReport, quantized_modules, revert
+from vqvit.rewriter import LayerReport, quantized_modules, request_where_planned, revert
 
 SECONDS = 0.5
 """Time spent on a comparison; the least number of rounds of `timing.interleaved` may take longer."""
@@ -80,7 +80,9 @@ def float_skeleton(model: nn.Module) -> nn.Module:
     """The float model that a quantized one replaced: new containers around the same weights."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     shared |= {id(module): module.original[0] for _, module in quantized_modules(model)}
-    return copy.deepcopy(model, shared)
+    skeleton = copy.deepcopy(model, shared)
+    request_where_planned(skeleton, None)
+    return skeleton
 
 
 def _module_speeds(model: nn.Module, replaced: dict, sample: Batch, timer: Timer) -> dict[str, Speed]:

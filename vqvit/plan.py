@@ -22,6 +22,9 @@ ACTIVATIONS = ("per_token", "per_token_asym", "per_token_group", "static")
 
 ATTENTION = ("int8", "float")
 
+CLS_ONLY = ("auto", "on", "off")
+"""Skip what the model's result does not depend on in its last block: where that is proved · or fail · or never."""
+
 HALF_DTYPES = ("bfloat16", "float16")
 
 ROLES = ("patch_embed", "qkv", "attn_out", "fc1", "fc2", "head", "linear")
@@ -92,14 +95,26 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """A transformer block replaced as a whole: its path, its attention's precision, and whether it returns tuples."""
+    """A transformer block replaced as a whole.
+
+    Attributes:
+        name: its path in the model.
+        attention: one of `ATTENTION`.
+        returns_tuple: whether it returns tuples.
+        leading_tokens: the tokens that the model's result depends on, where that is proved (`vqvit.shortcut`): calls of
+            the whole model compute no others behind the keys and values. None computes all.
+    """
 
     name: str
     attention: str = "int8"
     returns_tuple: bool = False
+    leading_tokens: int | None = None
 
     def __post_init__(self):
         _one_of(f"attention of {self.name}", self.attention, ATTENTION)
+        n = self.leading_tokens
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+            raise PlanError(f"leading_tokens of {self.name}: expected a positive integer or null; got {n!r}")
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,26 @@ class Plan:
         if len(set(names)) != len(names):
             repeated = sorted({n for n in names if names.count(n) > 1})
             raise PlanError(f"plan: expected each layer once; got {', '.join(repeated)} repeated")
+        shortened = [block for block in self.blocks if block.leading_tokens is not None]
+        if len(shortened) > 1:
+            raise PlanError(f"plan: expected leading_tokens in one block; got {', '.join(b.name for b in shortened)}")
+        for block in shortened:
+            if reason := self.inexact(block):
+                raise PlanError(f"plan: expected {block.name} all int8 with leading_tokens; {reason}")
+
+    @property
+    def shortened(self) -> BlockPlan | None:
+        """The block that computes only its leading tokens, or None."""
+        return next((block for block in self.blocks if block.leading_tokens is not None), None)
+
+    def inexact(self, block: BlockPlan) -> str | None:
+        """Which part of `block` multiplies in float, where fewer rows may round differently; None if none does."""
+        if block.attention == "float":
+            return "its attention is float, which may round differently for fewer tokens"
+        for layer in self.layers:
+            if layer.tier == "fp16" and layer.name.rpartition(".")[0] == block.name:
+                return f"its {layer.role} is fp16, which may round differently for fewer tokens"
+        return None
 
     def layer(self, name: str) -> LayerPlan:
         """The plan of layer `name`; raises `PlanError` naming the layers there are."""
@@ -171,6 +206,7 @@ class QuantConfig:
             last match wins.
         activations: exceptions from `activation`, in the same form.
         activation, attention, per_channel, equalize, half_dtype: as in `LayerPlan`, `BlockPlan`, `Plan`.
+        cls_only: one of `CLS_ONLY`: whether the last block may compute only the tokens that the head reads.
     """
 
     tier: str = "int8"
@@ -181,6 +217,7 @@ class QuantConfig:
     per_channel: bool = True
     equalize: bool = True
     half_dtype: str = "bfloat16"
+    cls_only: str = "auto"
 
     def __post_init__(self):
         _one_of("tier", self.tier, TIERS)
@@ -191,6 +228,7 @@ class QuantConfig:
             _one_of(f"activation of {pattern!r}", activation, ACTIVATIONS)
         _one_of("attention", self.attention, ATTENTION)
         _one_of("half_dtype", self.half_dtype, HALF_DTYPES)
+        _one_of("cls_only", self.cls_only, CLS_ONLY)
 
     def tier_of(self, name: str, role: str) -> str:
         """The tier, or "skip", of layer `name` with `role`."""

@@ -18,6 +18,7 @@ from vqvit.families import BlockParts, NotABlock
 from vqvit.nn import EncoderBlock, HalfPatchEmbed, QuantLinear, QuantModule, QuantPatchEmbed
 from vqvit.nn.block import ROLES as BLOCK_ROLES
 from vqvit.nn.block import make_linear
+from vqvit.nn.leading import request_leading_tokens
 from vqvit.plan import BlockPlan, LayerPlan, Plan, PlanError, QuantConfig
 
 PROBE_TOKENS = 5
@@ -50,20 +51,25 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `quantize_` did: every layer it looked at, and the plan that reproduces it."""
+    """What `quantize_` did: every layer it looked at, the plan that reproduces it, and what became of the CLS shortcut
+    (`vqvit.shortcut`): where it is used, or why not.
+    """
 
     layers: tuple[LayerReport, ...]
     plan: Plan
+    cls_only: str
 
     def to_dict(self) -> dict:
-        return {"layers": [dataclasses.asdict(layer) for layer in self.layers], "plan": dataclasses.asdict(self.plan)}
+        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        return {"layers": layers, "plan": dataclasses.asdict(self.plan), "cls_only": self.cls_only}
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=0)
-        return "\n".join(
+        lines = [
             f"{r.name:{width}}  {r.role:11}  {r.status:9}  {'x'.join(map(str, r.shape)):10}  {r.reason}".rstrip()
             for r in self.layers
-        )
+        ]
+        return "\n".join([*lines, f"CLS shortcut: {self.cls_only}"])
 
 
 def make_plan(model: nn.Module, config: QuantConfig) -> tuple[Plan, tuple[LayerReport, ...]]:
@@ -137,6 +143,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> tuple[LayerReport, ...]:
     for name, module in replacements.items():
         module.model_plan = plan
         _swap(model, name, module)
+    request_where_planned(model, plan)
     model.eval()
     pack_weights(model)
     return _layer_reports(model, plan)
@@ -153,6 +160,7 @@ def restore(model: nn.Module, weights: dict[str, Tensor] | None = None) -> nn.Mo
     Raises `PlanError` if the model is not quantized, `ValueError` if `weights` lacks a parameter.
     """
     plan_of(model)
+    request_where_planned(model, None)
     for name, module in list(quantized_modules(model)):
         original = module.original[0]
         if weights is None and not any(p.is_meta for p in original.parameters()):
@@ -193,7 +201,17 @@ def revert(model: nn.Module, plan: Plan, names: list[str]) -> Plan:
     )
     for module in modules.values():
         module.model_plan = plan
+    request_where_planned(model, plan)
     return plan
+
+
+def request_where_planned(model: nn.Module, plan: Plan | None) -> None:
+    """Let calls of the whole model ask for leading tokens alone exactly if `plan` has a block that can do so."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is request_leading_tokens:
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    if plan is not None and plan.shortened is not None:
+        model.register_forward_pre_hook(request_leading_tokens, with_kwargs=True)
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:

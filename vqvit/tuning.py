@@ -148,8 +148,8 @@ def quantized(model: nn.Module) -> list[nn.Module]:
 
 
 def models_of(arch: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[nn.Module]:
-    """One block of an architecture of `engines`, quantized: all blocks launch the same."""
-    return quantized(engines.random_model(arch, blocks=1).to(device, dtype))
+    """Two blocks of an architecture of `engines`, quantized: all launch the same, but the last may skip tokens."""
+    return quantized(engines.random_model(arch, blocks=2).to(device, dtype))
 
 
 # ---- which config ---------------------------------------------------------------------------------------------------

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--activation", help="activation scales: per_token, per_token_asym or static")
     parser.add_argument("--attention", help="int8 or float")
+    parser.add_argument(
+        "--cls-only", help="skip what the head does not read in the last block: auto (where proved), on (or fail), off"
+    )
     parser.add_argument("--half-dtype", help="dtype of the fp16 tier: bfloat16 or float16")
     parser.add_argument(
         "--min-speedup",
@@ -82,15 +85,16 @@ def to_text(result: dict) -> str:
         for layer in result["layers"]
     ]
     size = f"{result['source_bytes'] / 1e6:.2f} MB -> {result['bytes'] / 1e6:.2f} MB ({result['ratio']:.3f})"
-    return text_table(["layer", "role", "status", "shape", "reason"], rows) + f"\n\n{result['output']}: {size}"
+    table = text_table(["layer", "role", "status", "shape", "reason"], rows)
+    return f"{table}\n\nCLS shortcut: {result['cls_only']}\n{result['output']}: {size}"
 
 
 def _configuration(arguments: argparse.Namespace):
     """The `QuantConfig`, or the `Plan`, that file and options ask for."""
     from vqvit.plan import Plan, PlanError, QuantConfig
 
-    options = {name: getattr(arguments, name) for name in ("tier", "activation", "attention", "half_dtype")}
-    options = {name: value for name, value in options.items() if value is not None}
+    names = ("tier", "activation", "attention", "half_dtype", "cls_only")
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     tiers = {}
     for setting in arguments.set:
         pattern, separator, tier = setting.partition("=")

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from vqvit import numerics as nm
 from vqvit import ops
 from vqvit.families import BlockParts
+from vqvit.nn.leading import REQUEST
 from vqvit.nn.linear import Codes, HalfLinear, QuantLinear
 from vqvit.nn.module import QuantModule
 from vqvit.plan import BlockPlan, LayerPlan
@@ -20,6 +21,10 @@ class EncoderBlock(QuantModule):
     Between a LayerNorm and the residual stream an int8 layer sees only codes: LayerNorm quantizes, the epilogue of qkv
     for attention and that of fc1 for fc2, attention for attn_out if that takes group scales; residual and layer scale
     ride in the epilogues of attn_out and fc2.
+
+    A block whose plan names `leading_tokens` computes everything after the keys and values for those tokens alone,
+    where the caller asks for no more (`vqvit.nn.leading`); the rest of its output is NaN, so that whoever reads it by
+    mistake sees it. A token's result never depends on which other tokens were computed, to the last bit.
     """
 
     def __init__(self, plan: BlockPlan, layers: dict[str, LayerPlan], parts: BlockParts, half: torch.dtype):
@@ -49,7 +54,10 @@ class EncoderBlock(QuantModule):
             self.hold(**{role: None if parameter is None else parameter.detach().clone()})
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
-        """(B, S, D) to (B, S, D), or a 1-tuple of it where the replaced block returned tuples."""
+        """(B, S, D) to (B, S, D), or a 1-tuple of it where the replaced block returned tuples.
+
+        Keyword arguments are those of the replaced block, and `vqvit.nn.leading.REQUEST`.
+        """
         self._check_masks(attention_mask, kwargs.get("head_mask"))
         if kwargs.get("output_attentions"):
             raise ValueError(
@@ -59,14 +67,26 @@ class EncoderBlock(QuantModule):
         stream = hidden_states.reshape(batch * tokens, width)
         dtype = stream.dtype
         normalized = self._normalize(stream, self.norm1_weight, self.norm1_bias, self.eps1, self.qkv)
-        attended = self._attend(normalized, batch, tokens, dtype)
+        queries = self._queries(tokens, kwargs.get(REQUEST, False))
+        attended = self._attend(normalized, batch, tokens, queries, dtype)
+        if queries < tokens:
+            stream = hidden_states[:, :queries].reshape(batch * queries, width)
         stream = self.attn_out(attended, layer_scale=self.layer_scale1, residual=stream, out_dtype=dtype)
         normalized = self._normalize(stream, self.norm2_weight, self.norm2_bias, self.eps2, self.fc1)
         stream = self.fc2(
             self._expand(normalized, dtype), layer_scale=self.layer_scale2, residual=stream, out_dtype=dtype
         )
-        stream = stream.view(batch, tokens, width)
+        stream = stream.view(batch, queries, width)
+        if queries < tokens:
+            stream = F.pad(stream, (0, 0, 0, tokens - queries), value=torch.nan)
         return (stream,) if self.plan.returns_tuple else stream
+
+    def _queries(self, tokens: int, requested: bool) -> int:
+        """Tokens whose result is computed; calibration observes all of them."""
+        observed = any(getattr(self, role).observer is not None for role in ROLES)
+        if self.plan.leading_tokens is None or not requested or observed:
+            return tokens
+        return min(self.plan.leading_tokens, tokens)
 
     def _check_masks(self, attention_mask: Tensor | None, head_mask: Tensor | None) -> None:
         """transformers makes a mask of ones when a model is exported: what it holds is checked at run time."""
@@ -88,12 +108,19 @@ class EncoderBlock(QuantModule):
         )
         return Codes(codes, scale, None, sums if row_sum else None)
 
-    def _attend(self, normalized: Tensor | Codes, batch: int, tokens: int, dtype: torch.dtype) -> Tensor | Codes:
-        """Attention of all heads, (B · S, H · D) for attn_out: codes where it takes group scales."""
+    def _attend(
+        self, normalized: Tensor | Codes, batch: int, tokens: int, queries: int, dtype: torch.dtype
+    ) -> Tensor | Codes:
+        """Attention of all heads for the first `queries` of S tokens, (B · queries, H · D) for attn_out: codes where it
+        takes group scales. The projection is one GEMM for all of q, k and v.
+        """
         if self.plan.attention == "float" or isinstance(self.qkv, HalfLinear):
             return self._attend_projected(self.qkv(normalized, out_dtype=dtype).view(batch, tokens, -1))
         codes = normalized if isinstance(normalized, Codes) else self.qkv.quantize_input(normalized)
-        operands = self.qkv.forward_qkv(codes, tokens, self.num_heads)
+        q, k, v, q_scale, k_scale, v_scale = self.qkv.forward_qkv(codes, tokens, self.num_heads)
+        if queries < tokens:
+            q, q_scale = q[:, :, :queries], q_scale[:, :, :queries]
+        operands = (q, k, v, q_scale, k_scale, v_scale)
         if self.attn_out.fuses_input and self.attn_out.plan.activation == "per_token_group":
             return Codes(*ops.int8_attention_quantize(*operands, self.softmax_scale))
         return ops.int8_attention(*operands, self.softmax_scale, dtype).flatten(0, 1)

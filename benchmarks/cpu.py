@@ -138,6 +138,7 @@ def compare(
             failure = missing_packages(engine.packages) or exports.failure(engine.artifact, target, engine.options)
             if failure:
                 entry.fail(failure)
+                say(f"{name}: {failure}")
                 continue
             say(f"opening {name} at batch {batch}")
             entry.worker = start_worker(environment, scratch / f"{name}.log")
@@ -146,6 +147,7 @@ def compare(
                 "threads": settings.threads, "images": str(stored),
             }  # fmt: skip
             if (answer := ask(entry, request, OPEN_TIMEOUT_S)) is None:
+                say(f"{name}: {entry.failure}")
                 continue
             entry.opened = answer
             outputs = scratch / f"{name}.npy"

@@ -60,6 +60,11 @@ VQVIT_EXPORT const char* vqvit_cpu_isa(void);
 /* Force an instruction set for the whole process, or return to the best available one with NULL. */
 VQVIT_EXPORT int vqvit_cpu_set_isa(const char* name);
 
+/* Rate of the instructions that this instruction set's int8 GEMM rests on, run in registers alone, in 10^9 operations a
+ * second of exactly `threads` threads: the peak to measure a GEMM against. `rounds` of some ten instructions each.
+ * VQVIT_UNSUPPORTED_ISA where the kernels rest on no such instruction (scalar). */
+VQVIT_EXPORT int vqvit_cpu_peak(int64_t rounds, double* gigaops, int threads);
+
 /* CPU: row-wise ops --------------------------------------------------------------------------------------------- */
 
 /* quantize_per_token (static_scale NULL) and quantize_static.

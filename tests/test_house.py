@@ -24,7 +24,7 @@ LAYERS = (
     {"calibration", "hf"},
     {"checkpoint"},
     {"engines"},
-    {"memory", "tuning"},
+    {"memory", "tuning", "profiling"},
     {"demo"},
     {"commands"},
     {"cli"},

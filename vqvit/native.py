@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -34,6 +34,10 @@ STATUS = {
     6: "CUDA",
 }
 """enum vqvit_status, without VQVIT_OK."""
+
+
+PEAK_RUNS = 5
+"""Runs of `cpu_peak`: the clock rises with the first ones."""
 
 
 class NativeUnavailableError(RuntimeError):
@@ -60,6 +64,7 @@ _MATRIX = (_POINTER, c_int, _SIZE, _SIZE)  # data, dtype, rows, columns
 _SIGNATURES = {
     "cpu": {
         "set_isa": (c_char_p,),
+        "peak": (_SIZE, ctypes.POINTER(c_double), c_int),
         "quantize": (*_MATRIX, _POINTER, _POINTER, c_float, c_int, *[_POINTER] * 4, c_int),
         "quantize_residual": (_POINTER, c_int, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, c_int),
         "layernorm_quantize": (
@@ -232,6 +237,20 @@ def cpu_isa() -> str:
 def cpu_isa_available() -> tuple[str, ...]:
     """Instruction sets this machine can run, best last."""
     return tuple(_text(cpu(), "cpu", "isa_available").split(","))
+
+
+def cpu_peak(threads: int, rounds: int = 1 << 22) -> float:
+    """Int8 operations a second, in 10^9, of `threads` threads that only multiply and add in registers: the best of
+    several runs of `rounds` rounds.
+
+    Raises `RuntimeError` for an instruction set that has no int8 products (scalar).
+    """
+    measured = []
+    for _ in range(PEAK_RUNS):
+        gigaops = c_double()
+        run(cpu().vqvit_cpu_peak, rounds, ctypes.byref(gigaops), threads)
+        measured.append(gigaops.value)
+    return max(measured)
 
 
 def run(function, *args) -> None:

@@ -2,9 +2,13 @@
 
 MODEL is a local folder: a float Hugging Face model, or a vqvit checkpoint (whose float engines then have
 random weights of the same architecture). `--arch` builds a known architecture with random weights instead.
+
+`--profile` tells instead where the time of one engine goes, on the CPU and at the first batch size: calls, time and
+rate of every op, and how close it comes to its roofline (peaks measured in the same run).
 """
 
 import argparse
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -18,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=common.positive_int, metavar="S", help="default: the configuration's")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for each batch size")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in a new process per engine")
+    parser.add_argument("--profile", action="store_true", help="time each op of one engine at the first batch size")
+    parser.add_argument("--engine", default="w8a8", help="of --profile: fp32, bf16 or w8a8 (default)")
     common.add_device_arguments(parser)
 
 
@@ -29,6 +35,8 @@ def run(arguments: argparse.Namespace) -> dict:
     if arguments.model and arguments.arch:
         raise ValueError("bench: expected a MODEL folder or --arch; got both")
     device = common.use_device(arguments)
+    if arguments.profile:
+        return _profile(arguments, device)
     name, models = _engines(arguments, device)
     images = common.random_images(models["fp32"], name, max(arguments.batch), arguments.image_size)
     rows = []
@@ -52,6 +60,8 @@ def run(arguments: argparse.Namespace) -> dict:
 def to_text(result: dict) -> str:
     from vqvit.report import cells, text_table
 
+    if "profile" in result:
+        return _profile_text(result)
     columns = [
         {"key": "engine", "label": "engine"},
         {"key": "batch", "label": "batch"},
@@ -89,6 +99,65 @@ def _engines(arguments: argparse.Namespace, device) -> tuple[str, dict]:
     quantized = engines.open_model(arguments.model, device)
     models = engines.variants(engines.random_like(arguments.model).to(device))
     return Path(arguments.model).name, {**models, "w8a8": quantized}
+
+
+def _profile(arguments: argparse.Namespace, device) -> dict:
+    """Profile one engine at the first batch size. Raises `ValueError` for a GPU, --memory or an unknown engine."""
+    import torch
+
+    from vqvit import engines, profiling, provenance
+
+    if device.type != "cpu":
+        raise ValueError(f"--profile: expected --device cpu, whose clock times each op; got {device}")
+    if arguments.memory:
+        raise ValueError("--profile: expected no --memory beside it; got both")
+    if arguments.engine not in engines.ENGINES:
+        raise ValueError(f"--engine: expected one of {', '.join(engines.ENGINES)}; got {arguments.engine!r}")
+    name, models = _engines(arguments, device)
+    batch = arguments.batch[0]
+    images = common.random_images(models["fp32"], name, batch, arguments.image_size)
+    dtypes = {"fp32": [torch.float32], "bf16": [torch.bfloat16], "w8a8": [torch.float32]}[arguments.engine]
+    common.say("measuring peaks")
+    peaks = profiling.measure_peaks(dtypes)
+    common.say(f"profiling {arguments.engine} at batch {batch}")
+    profile = profiling.profile(engines.timed_call(models[arguments.engine], images), peaks)
+    return {
+        "model": name,
+        "engine": arguments.engine,
+        "batch": batch,
+        "image_size": images.shape[-1],
+        "profile": dataclasses.asdict(profile),
+        "environment": provenance.environment(device),
+    }
+
+
+def _profile_text(result: dict) -> str:
+    from vqvit.report import cells, text_table
+
+    columns = [
+        {"key": "op", "label": "op"},
+        {"key": "sizes", "label": "M x N x K"},
+        {"key": "calls", "label": "calls"},
+        {"key": "ms", "label": "ms", "format": ".3f"},
+        {"key": "share", "label": "share", "format": ".1%"},
+        {"key": "gops", "label": "GOP/s", "format": ".0f"},
+        {"key": "gbs", "label": "GB/s", "format": ".1f"},
+        {"key": "of_roofline", "label": "of roofline", "format": ".0%"},
+    ]
+    profile, facts = result["profile"], result["environment"]
+    rates = ", ".join(f"{name} {rate:.0f} GOP/s" for name, rate in profile["peaks"]["gops"].items())
+    copies = profile["peaks"]["copy_gbs"].values()
+    images = f"{result['image_size']} x {result['image_size']}, batch {result['batch']}"
+    where = f"{facts['device']}, {facts['threads']} threads, backend {facts['backend']}"
+    return "\n".join(
+        [
+            f"{result['engine']} of {result['model']} at {images} on {where}",
+            text_table(*cells({"columns": columns, "rows": profile["ops"]})),
+            f"total {profile['total_ms']:.2f} ms, of it outside of ops {profile['outside_ms']:.2f}; "
+            f"without the profiler {profile['plain_ms']:.2f}",
+            f"peaks: {rates}; copies {min(copies):.0f} to {max(copies):.0f} GB/s by size",
+        ]
+    )
 
 
 def _memory(models: dict, images, device) -> dict[str, dict]:

@@ -70,6 +70,11 @@ VQVIT_EXPORT int vqvit_cpu_quantize(
     const void* x, int dtype, int64_t rows, int64_t k, const float* equalizer, const float* static_scale, float delta,
     int symmetric, int8_t* codes, float* scale, int32_t* zero_point, int32_t* row_sum, int threads);
 
+/* quantize_per_group: equalizer (k) or NULL; codes (rows, k), scale (rows, ceil(k/128)). */
+VQVIT_EXPORT int vqvit_cpu_quantize_per_group(
+    const void* x, int dtype, int64_t rows, int64_t k, const float* equalizer, int8_t* codes, float* scale,
+    int threads);
+
 /* quantize_residual: x (rows, k) of dtype, codes (rows, k), scale (rows); residual_codes (rows, k). */
 VQVIT_EXPORT int vqvit_cpu_quantize_residual(
     const void* x, int dtype, const int8_t* codes, const float* scale, int64_t rows, int64_t k, int8_t* residual_codes,
@@ -114,7 +119,7 @@ typedef struct vqvit_gemm {
     const int32_t* b_sum;     /* (n) */
     int64_t m, n, k, a_stride, residual_stride;
     int32_t b_packed;   /* 0 or 1; CPU only */
-    int32_t a_groups;   /* 0 or 1; CUDA only, and then without zero points */
+    int32_t a_groups;   /* 0 or 1: a scale for each 128 columns of a; then without zero points */
     int32_t activation; /* enum vqvit_activation */
     int32_t bias_dtype, layer_scale_dtype, residual_dtype; /* enum vqvit_dtype; CPU: the first two are fp32, and
                                                               residual_stride is n */
@@ -127,10 +132,11 @@ VQVIT_EXPORT int vqvit_cpu_int8_mm(const vqvit_gemm* gemm, int32_t* acc, int thr
 VQVIT_EXPORT int vqvit_cpu_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, int threads);
 
 /* int8_linear_quantize: the fp32 y, quantized per token (out_scale NULL) or with the static out_scale (1).
- *   codes (m, n); scale (m); zero_point (m), written if not symmetric; row_sum (m) or NULL. */
+ *   codes (m, n); scale (m); zero_point (m), written if not symmetric; row_sum (m) or NULL.
+ *   per_group: 1 for scale (m, ceil(n/128)), and then neither out_scale, zero_point nor row_sum. */
 VQVIT_EXPORT int vqvit_cpu_int8_linear_quantize(
-    const vqvit_gemm* gemm, const float* out_scale, int symmetric, int8_t* codes, float* scale, int32_t* zero_point,
-    int32_t* row_sum, int threads);
+    const vqvit_gemm* gemm, const float* out_scale, int symmetric, int per_group, int8_t* codes, float* scale,
+    int32_t* zero_point, int32_t* row_sum, int threads);
 
 /* int8_linear_compensated: acc + first_order · [a_residual bᵀ + a b_residualᵀ] + second_order · a_residual b_residualᵀ,
  * dequantized. `terms` is a bit set: 1 for a_residual bᵀ, 2 for a b_residualᵀ, 4 for a_residual b_residualᵀ.

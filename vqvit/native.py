@@ -60,6 +60,7 @@ _SIGNATURES = {
     "cpu": {
         "set_isa": (c_char_p,),
         "quantize": (*_MATRIX, _POINTER, _POINTER, c_float, c_int, *[_POINTER] * 4, c_int),
+        "quantize_per_group": (*_MATRIX, *[_POINTER] * 3, c_int),
         "quantize_residual": (_POINTER, c_int, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, c_int),
         "layernorm_quantize": (
             _POINTER, c_int, _POINTER, c_int, *[_POINTER] * 3, _SIZE, _SIZE, c_float, c_int, c_float, *[_POINTER] * 5,
@@ -70,7 +71,7 @@ _SIGNATURES = {
         "unpack_weight": (_POINTER, _SIZE, _SIZE, _POINTER, c_int),
         "int8_mm": (_GEMM, _POINTER, c_int),
         "int8_linear": (_GEMM, _POINTER, c_int, c_int),
-        "int8_linear_quantize": (_GEMM, _POINTER, c_int, *[_POINTER] * 4, c_int),
+        "int8_linear_quantize": (_GEMM, _POINTER, c_int, c_int, *[_POINTER] * 4, c_int),
         "int8_linear_compensated": (_GEMM, _POINTER, _POINTER, c_int, c_float, c_float, _POINTER, c_int, c_int),
         "quantize_qkv": (_POINTER, c_int, *[_SIZE] * 4, *[_POINTER] * 6, c_int),
         "int8_attention": (*[_POINTER] * 6, c_float, *[_SIZE] * 5, _POINTER, c_int, c_int),

@@ -87,6 +87,33 @@ void run_gemm_per_token(const Kernels& isa, const GemmTask& t, const Codes& code
     parallel_for<PreparedRows>(rows.blocks, macs(g), threads, task);
 }
 
+// Each task computes the fp32 columns of one group into this thread's scratch and quantizes them there.
+void run_gemm_per_group(const Kernels& isa, const GemmTask& t, int8_t* codes, float* scale, int threads) {
+    const vqvit_gemm& g = t.gemm;
+    constexpr int64_t kPanels = kGroup / kPanel;
+    const int64_t groups = ceil_div(g.n, kGroup), panels = ceil_div(g.n, kPanel);
+    const int64_t bytes = row_bytes(isa, g.k) + kGroup * int64_t{sizeof(float)};
+    const RowBlocks rows(g.m, isa.tile_rows, ceil_div(threads * kTasksPerThread, groups), bytes, kRowBlockBytes);
+    const auto task = [&](PreparedRows& prepared, int64_t i) {
+        const int64_t group = i % groups, first = rows.first(i / groups), last = rows.last(i / groups);
+        prepared.load(isa, t, i / groups, first, last);
+        GemmTask block = t;
+        void* waiting = scratch(Slot::kTile, (last - first) * kGroup * int64_t{sizeof(float)});
+        float* tile = static_cast<float*>(waiting) - first * kGroup;
+        block.out = tile - group * kGroup;  // its column is counted from the first of the matrix
+        block.out_stride = kGroup;
+        for (int64_t p = group * kPanels; p < std::min((group + 1) * kPanels, panels); ++p) {
+            isa.gemm_panel(block, first, last, p, prepared.a, nullptr);
+        }
+        const int64_t columns = std::min<int64_t>(g.n - group * kGroup, kGroup);
+        const QuantizeGroups quantize = {
+            tile, VQVIT_F32, kGroup, columns, nullptr, codes + group * kGroup, scale + group, g.n, groups,
+        };
+        isa.quantize_groups(quantize, first, last);
+    };
+    parallel_for<PreparedRows>(rows.blocks * groups, macs(g), threads, task);
+}
+
 // Panels of (n, k) weights: b itself if packed, else packed now into `slot`.
 const int8_t* panels_of(const int8_t* b, bool packed, const vqvit_gemm& g, Slot slot, int threads) {
     if (packed || b == nullptr) return b;
@@ -145,12 +172,16 @@ int vqvit_cpu_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, int thread
 }
 
 int vqvit_cpu_int8_linear_quantize(
-    const vqvit_gemm* gemm, const float* out_scale, int symmetric, int8_t* codes, float* scale, int32_t* zero_point,
-    int32_t* row_sum, int threads) {
+    const vqvit_gemm* gemm, const float* out_scale, int symmetric, int per_group, int8_t* codes, float* scale,
+    int32_t* zero_point, int32_t* row_sum, int threads) {
     const vqvit_gemm& g = *gemm;
     if (!known_activation(g.activation)) return VQVIT_UNKNOWN_ACTIVATION;
     if (g.m == 0) return VQVIT_OK;
     const Kernels& isa = kernels();
+    if (per_group != 0) {
+        run_gemm_per_group(isa, gemm_task(g, Store::kFloat, nullptr, VQVIT_F32, threads), codes, scale, threads);
+        return VQVIT_OK;
+    }
     if (out_scale != nullptr) {
         GemmTask t = gemm_task(g, Store::kStaticCodes, codes, VQVIT_F32, threads);
         t.static_scale = out_scale;

@@ -17,6 +17,7 @@ constexpr Kernels kernel_table(const char* name, bool (*supported)()) {
         Dot::kRows,
         Dot::kGroupBytes,
         quantize_rows<V>,
+        quantize_groups<V>,
         quantize_residual<V>,
         layernorm_rows<V>,
         patchify_rows<V>,

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "constants.h"
 #include "vqvit.h"
 
 namespace vqvit {
@@ -39,6 +40,17 @@ struct QuantizeRows {
     int64_t k;
     const float* equalizer;  // (k) or NULL
     Codes out;
+};
+
+// Each kGroup columns of a row with a scale of their own.
+struct QuantizeGroups {
+    const void* x;  // (rows, k) of dtype
+    int dtype;
+    int64_t x_stride, k;
+    const float* equalizer;  // (k) or NULL
+    int8_t* codes;           // (rows, k)
+    float* scale;            // (rows, ⌈k / kGroup⌉)
+    int64_t codes_stride, scale_stride;
 };
 
 struct QuantizeResidual {
@@ -116,6 +128,7 @@ struct Kernels {
     int64_t a_group_bytes;  // bytes of four input channels of one row, prepared for the tile
 
     void (*quantize_rows)(const QuantizeRows&, int64_t first, int64_t last);
+    void (*quantize_groups)(const QuantizeGroups&, int64_t first, int64_t last);
     void (*quantize_residual)(const QuantizeResidual&, int64_t first, int64_t last);
     void (*layernorm_rows)(const LayerNormRows&, int64_t first, int64_t last);
     void (*patchify_rows)(const Patchify&, int64_t first, int64_t last);

@@ -17,6 +17,16 @@ int vqvit_cpu_quantize(
     return VQVIT_OK;
 }
 
+int vqvit_cpu_quantize_per_group(
+    const void* x, int dtype, int64_t rows, int64_t k, const float* equalizer, int8_t* codes, float* scale,
+    int threads) {
+    if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
+    const Kernels& isa = kernels();
+    const QuantizeGroups task = {x, dtype, k, k, equalizer, codes, scale, k, ceil_div(k, kGroup)};
+    parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.quantize_groups(task, first, last); });
+    return VQVIT_OK;
+}
+
 int vqvit_cpu_quantize_residual(
     const void* x, int dtype, const int8_t* codes, const float* scale, int64_t rows, int64_t k, int8_t* residual_codes,
     int threads) {

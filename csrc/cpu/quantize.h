@@ -18,6 +18,25 @@ void quantize_rows(const QuantizeRows& t, int64_t first, int64_t last) {
     });
 }
 
+template <class V>
+void quantize_groups(const QuantizeGroups& t, int64_t first, int64_t last) {
+    float* buffer = row_scratch(kGroup);
+    Codes out = {};
+    out.symmetric = true;
+    with_dtype(t.dtype, [&](auto dtype) {
+        for (int64_t m = first; m < last; ++m) {
+            const char* x = static_cast<const char*>(t.x) + m * t.x_stride * dtype.size;
+            out.scale = t.scale + m * t.scale_stride;
+            for (int64_t i = 0; i < t.k; i += kGroup, x += kGroup * dtype.size, ++out.scale) {
+                const int64_t columns = smaller(t.k - i, kGroup);
+                const float* equalizer = t.equalizer == nullptr ? nullptr : t.equalizer + i;
+                out.codes = t.codes + m * t.codes_stride + i;
+                quantize_row<V>(read_row<V>(x, dtype, columns, equalizer, buffer), columns, out, 0);
+            }
+        }
+    });
+}
+
 // R = rne(254 (x - α q) / α).
 template <class V>
 void quantize_residual(const QuantizeResidual& t, int64_t first, int64_t last) {

@@ -6,9 +6,18 @@ activations and residuals are read in their own dtype. The number of threads is 
 
 import torch
 
-from vqvit import native, reference
+from vqvit import native
 from vqvit import numerics as nm
-from vqvit.backends.operands import TERM_BITS, contiguous, dtype_code, fp32, int32, native_gemm, pointer, row_major
+from vqvit.backends.operands import (
+    TERM_BITS,
+    contiguous,
+    dtype_code,
+    fp32,
+    int32,
+    native_gemm,
+    pointer,
+    row_major,
+)
 from vqvit.native import run
 from vqvit.reference import K_GROUP, PANEL
 
@@ -44,10 +53,16 @@ def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=Fal
 
 
 def quantize_per_group(x, equalizer=None):
-    k = x.shape[-1]
-    groups = nm.groups(x if equalizer is None else x.float() * equalizer)
-    codes, scale, _, _ = _quantize(groups, None, 0.0, None, True, False)
-    return codes.flatten(-2)[..., :k].contiguous(), scale
+    x, equalizer = x.contiguous(), contiguous(equalizer)
+    rows, k = x.shape[:-1], x.shape[-1]
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty((*rows, nm.group_count(k)), dtype=torch.float32)
+    run(
+        native.cpu().vqvit_cpu_quantize_per_group,
+        x.data_ptr(), native.DTYPES[x.dtype], rows.numel(), k, pointer(equalizer), codes.data_ptr(), scale.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return codes, scale
 
 
 def quantize_static(x, scale, equalizer=None, row_sum=False):
@@ -91,11 +106,6 @@ def int8_linear(
     a, a_scale, b, b_scale, bias=None, activation="none", layer_scale=None, residual=None,
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_dtype=torch.float32,
 ):  # fmt: skip
-    if a_scale.dim() == 2:  # no native kernel yet
-        b = unpack_weight(b, b_scale.shape[0], a.shape[1]) if b.dim() == 4 else b
-        return reference.int8_linear(
-            a, a_scale, b, b_scale, bias, activation, layer_scale, residual, out_dtype=out_dtype
-        )
     gemm, operands = _gemm(
         a, a_scale, b, b_scale, bias, activation, layer_scale, residual, a_zero, a_sum, b_zero, b_sum
     )
@@ -111,21 +121,14 @@ def int8_linear_quantize(
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, symmetric=True, row_sum=False,
     per_group=False,
 ):  # fmt: skip
-    if per_group or a_scale.dim() == 2:
-        zero_points = (a_zero, a_sum, b_zero, b_sum)
-        y = int8_linear(a, a_scale, b, b_scale, bias, activation, None, None, *zero_points)
-        if per_group:
-            return *quantize_per_group(y), int32(y, (), False), int32(y, (), False)
-        codes, scale, zero_point, sums = _quantize(y, out_scale, 0.0, None, symmetric, row_sum)
-        return codes, scale, zero_point, sums
     gemm, operands = _gemm(a, a_scale, b, b_scale, bias, activation, None, None, a_zero, a_sum, b_zero, b_sum)
     m = gemm.m
     codes = a.new_empty((m, gemm.n), dtype=torch.int8)
-    scale = a_scale.new_empty(m)
+    scale = a_scale.new_empty((m, nm.group_count(gemm.n)) if per_group else m)
     zero_point, sums = int32(a, (m,), not symmetric), int32(a, (m,), row_sum)
     run(
         native.cpu().vqvit_cpu_int8_linear_quantize,
-        gemm, pointer(out_scale), symmetric, codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
+        gemm, pointer(out_scale), symmetric, per_group, codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
         sums.data_ptr() if row_sum else None, torch.get_num_threads(),
     )  # fmt: skip
     del operands

@@ -24,7 +24,7 @@ constexpr Kernels kernel_table(const char* name, bool (*supported)()) {
         Dot::pack_panel,
         prepare_a<Dot>,
         gemm_panel<V, Dot>,
-        quantize_qkv_head<V>,
+        quantize_head<V>,
         attention_head<V, Dot>,
     };
 }

@@ -9,6 +9,7 @@ import torch
 from vqvit import native
 from vqvit import numerics as nm
 from vqvit.backends.operands import (
+    ACTIVATION,
     TERM_BITS,
     contiguous,
     dtype_code,
@@ -136,9 +137,14 @@ def int8_linear_quantize(
 
 
 def int8_linear_qkv(a, a_scale, b, b_scale, bias, tokens, num_heads, a_zero=None, a_sum=None, b_zero=None, b_sum=None):
-    zero_points = (a_zero, a_sum, b_zero, b_sum)
-    y = int8_linear(a, a_scale, b, b_scale, bias, "none", None, None, *zero_points)
-    return quantize_qkv(y.view(-1, tokens, y.shape[-1]), num_heads)
+    gemm, operands = _gemm(a, a_scale, b, b_scale, bias, "none", None, None, a_zero, a_sum, b_zero, b_sum)
+    outputs = _empty_qkv(a, gemm.m // tokens, num_heads, tokens, gemm.n // (3 * num_heads))
+    run(
+        native.cpu().vqvit_cpu_int8_linear_qkv,
+        gemm, tokens, num_heads, *(t.data_ptr() for t in outputs), torch.get_num_threads(),
+    )  # fmt: skip
+    del operands
+    return outputs
 
 
 def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
@@ -177,14 +183,13 @@ def quantize_qkv(qkv, num_heads):
     qkv = qkv.contiguous()
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
-    codes = [qkv.new_empty((batch, num_heads, tokens, head_dim), dtype=torch.int8) for _ in range(3)]
-    scales = [qkv.new_empty((batch, num_heads, size), dtype=torch.float32) for size in (tokens, tokens, head_dim)]
+    outputs = _empty_qkv(qkv, batch, num_heads, tokens, head_dim)
     run(
         native.cpu().vqvit_cpu_quantize_qkv,
         qkv.data_ptr(), native.DTYPES[qkv.dtype], batch, tokens, num_heads, head_dim,
-        *(t.data_ptr() for t in codes), *(t.data_ptr() for t in scales), torch.get_num_threads(),
+        *(t.data_ptr() for t in outputs), torch.get_num_threads(),
     )  # fmt: skip
-    return *codes, *scales
+    return outputs
 
 
 def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch.float32):
@@ -195,6 +200,36 @@ def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch
         native.cpu().vqvit_cpu_int8_attention,
         *(t.data_ptr() for t in operands), sm_scale * nm.LOG2_E, batch, heads, queries, k.shape[2], width,
         out.data_ptr(), native.DTYPES[out_dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def int8_encoder_block(
+    x, num_heads, sm_scale, norm1_weight, norm1_bias, eps1, norm2_weight, norm2_bias, eps2,
+    qkv, qkv_scale, qkv_bias, attn_out, attn_out_scale, attn_out_bias, fc1, fc1_scale, fc1_bias,
+    fc2, fc2_scale, fc2_bias, layer_scale1=None, layer_scale2=None, activation="gelu",
+    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0,
+):  # fmt: skip
+    x = x.contiguous()
+    batch, tokens, width = x.shape
+    head_dim, hidden = qkv_scale.shape[0] // (3 * num_heads), fc1_scale.shape[0]
+    codes = [b if b.dim() == 4 else pack_weight(b) for b in (qkv, attn_out, fc1, fc2)]
+    floats = (
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias, qkv_scale, qkv_bias, attn_out_scale, attn_out_bias,
+        layer_scale1, fc1_scale, fc1_bias, fc2_scale, fc2_bias, layer_scale2,
+    )  # fmt: skip
+    floats = [fp32(t) for t in floats]
+    operands = [
+        *floats[:4], codes[0], *floats[4:6], codes[1], *floats[6:9], codes[2], *floats[9:11], codes[3], *floats[11:],
+    ]  # fmt: skip
+    block = native.EncoderBlock(
+        *map(pointer, operands), width, num_heads, head_dim, hidden, eps1, eps2, sm_scale * nm.LOG2_E, qkv_delta,
+        attn_out_delta, fc1_delta, ACTIVATION[activation],
+    )  # fmt: skip
+    out = torch.empty_like(x)
+    run(
+        native.cpu().vqvit_cpu_int8_encoder_block,
+        block, x.data_ptr(), native.DTYPES[x.dtype], batch, tokens, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -212,6 +247,12 @@ def unpack_weight(packed, n, k):
     b = packed.new_empty((n, k))
     run(native.cpu().vqvit_cpu_unpack_weight, packed.data_ptr(), n, k, b.data_ptr(), torch.get_num_threads())
     return b
+
+
+def _empty_qkv(like, batch, heads, tokens, head_dim):
+    codes = (like.new_empty((batch, heads, tokens, head_dim), dtype=torch.int8) for _ in range(3))
+    scales = (like.new_empty((batch, heads, size), dtype=torch.float32) for size in (tokens, tokens, head_dim))
+    return *codes, *scales
 
 
 def _quantize(x, static_scale, delta, equalizer, symmetric, row_sum):

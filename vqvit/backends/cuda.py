@@ -6,10 +6,11 @@ VQVIT_CUDA_TWIN=1 the same kernels, compiled for the host, run on CPU tensors: s
 
 import contextlib
 import functools
+import sys
 
 import torch
 
-from vqvit import native
+from vqvit import native, reference
 from vqvit import numerics as nm
 from vqvit.backends.operands import TERM_BITS, contiguous, dtype_code, int32, native_gemm, pointer, row_major
 from vqvit.kernels.devices import CUDA_MIN_CAPABILITY, too_old
@@ -221,6 +222,9 @@ def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
     operands, sizes = _attention(q, k, v, q_scale, k_scale, v_scale, sm_scale)
     _call("int8_attention_quantize", *map(pointer, operands), *sizes, pointer(codes), pointer(scale))
     return codes, scale
+
+
+int8_encoder_block = functools.partial(reference.compose_encoder_block, sys.modules[__name__])
 
 
 def _rows(x):

@@ -7,11 +7,10 @@ from torch.nn import functional as F
 from vqvit import numerics as nm
 from vqvit import ops
 from vqvit.families import BlockParts
+from vqvit.nn.fused_block import ROLES, run_in_one_call, runs_in_one_call
 from vqvit.nn.linear import Codes, HalfLinear, QuantLinear
 from vqvit.nn.module import QuantModule
 from vqvit.plan import BlockPlan, LayerPlan
-
-ROLES = ("qkv", "attn_out", "fc1", "fc2")
 
 
 class EncoderBlock(QuantModule):
@@ -55,6 +54,9 @@ class EncoderBlock(QuantModule):
             raise ValueError(
                 f"{self.plan.name}: expected output_attentions=False: int8 attention keeps no probabilities"
             )
+        if runs_in_one_call(self):
+            stream = run_in_one_call(self, hidden_states)
+            return (stream,) if self.plan.returns_tuple else stream
         batch, tokens, width = hidden_states.shape
         stream = hidden_states.reshape(batch * tokens, width)
         dtype = stream.dtype

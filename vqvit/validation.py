@@ -27,7 +27,7 @@ def check_tensor(
     if tensor.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: expected {name} of dtype {names}; got {str(tensor.dtype).removeprefix('torch.')}")
-    if shape is not None and not _fits(tuple(tensor.shape), shape):
+    if shape is not None and not _fits(tensor.shape, shape):
         wanted = ", ".join("*" if s is None else "..." if s is ... else str(s) for s in shape)
         raise ValueError(f"{op}: expected {name} of shape ({wanted}); got {tuple(tensor.shape)}")
     if like is not None and tensor.device != like.device:
@@ -38,7 +38,12 @@ def _fits(actual: tuple, wanted: tuple) -> bool:
     if wanted and wanted[0] is ...:
         tail = wanted[1:]
         actual, wanted = actual[len(actual) - len(tail) :] if len(actual) >= len(tail) else (), tail
-    return len(actual) == len(wanted) and all(w is None or a == w for a, w in zip(actual, wanted, strict=True))
+    if len(actual) != len(wanted):
+        return False
+    for size, expected in zip(actual, wanted, strict=True):  # a loop, not all(): every op pays for this
+        if expected is not None and size != expected:
+            return False
+    return True
 
 
 def check_optional(op: str, name: str, tensor: Tensor | None, dtypes, shape: tuple, like: Tensor) -> None:

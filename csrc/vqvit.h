@@ -75,6 +75,11 @@ VQVIT_EXPORT int vqvit_cpu_quantize(
     const void* x, int dtype, int64_t rows, int64_t k, const float* equalizer, const float* static_scale, float delta,
     int symmetric, int8_t* codes, float* scale, int32_t* zero_point, int32_t* row_sum, int threads);
 
+/* quantize_per_group: equalizer (k) or NULL; codes (rows, k), scale (rows, ceil(k/128)). */
+VQVIT_EXPORT int vqvit_cpu_quantize_per_group(
+    const void* x, int dtype, int64_t rows, int64_t k, const float* equalizer, int8_t* codes, float* scale,
+    int threads);
+
 /* quantize_residual: x (rows, k) of dtype, codes (rows, k), scale (rows); residual_codes (rows, k). */
 VQVIT_EXPORT int vqvit_cpu_quantize_residual(
     const void* x, int dtype, const int8_t* codes, const float* scale, int64_t rows, int64_t k, int8_t* residual_codes,
@@ -119,7 +124,7 @@ typedef struct vqvit_gemm {
     const int32_t* b_sum;     /* (n) */
     int64_t m, n, k, a_stride, residual_stride;
     int32_t b_packed;   /* 0 or 1; CPU only */
-    int32_t a_groups;   /* 0 or 1; CUDA only, and then without zero points */
+    int32_t a_groups;   /* 0 or 1: a scale for each 128 columns of a; then without zero points */
     int32_t activation; /* enum vqvit_activation */
     int32_t bias_dtype, layer_scale_dtype, residual_dtype; /* enum vqvit_dtype; CPU: the first two are fp32, and
                                                               residual_stride is n */
@@ -128,14 +133,20 @@ typedef struct vqvit_gemm {
 /* int8_mm: acc (m, n) int32; reads a, b, b_packed and the sizes of `gemm`. */
 VQVIT_EXPORT int vqvit_cpu_int8_mm(const vqvit_gemm* gemm, int32_t* acc, int threads);
 
-/* int8_linear: y (m, n) of dtype. */
+/* int8_linear: y (m, n) of dtype; it may be the residual, if that is of the same dtype. */
 VQVIT_EXPORT int vqvit_cpu_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, int threads);
 
 /* int8_linear_quantize: the fp32 y, quantized per token (out_scale NULL) or with the static out_scale (1).
- *   codes (m, n); scale (m); zero_point (m), written if not symmetric; row_sum (m) or NULL. */
+ *   codes (m, n); scale (m); zero_point (m), written if not symmetric; row_sum (m) or NULL.
+ *   per_group: 1 for scale (m, ceil(n/128)), and then neither out_scale, zero_point nor row_sum. */
 VQVIT_EXPORT int vqvit_cpu_int8_linear_quantize(
-    const vqvit_gemm* gemm, const float* out_scale, int symmetric, int8_t* codes, float* scale, int32_t* zero_point,
-    int32_t* row_sum, int threads);
+    const vqvit_gemm* gemm, const float* out_scale, int symmetric, int per_group, int8_t* codes, float* scale,
+    int32_t* zero_point, int32_t* row_sum, int threads);
+
+/* int8_linear_qkv: the fp32 y of m = images · tokens rows, quantized as by quantize_qkv; n = 3 · heads · head_dim. */
+VQVIT_EXPORT int vqvit_cpu_int8_linear_qkv(
+    const vqvit_gemm* gemm, int64_t tokens, int64_t heads, int8_t* q, int8_t* k, int8_t* v, float* q_scale,
+    float* k_scale, float* v_scale, int threads);
 
 /* int8_linear_compensated: acc + first_order · [a_residual bᵀ + a b_residualᵀ] + second_order · a_residual b_residualᵀ,
  * dequantized. `terms` is a bit set: 1 for a_residual bᵀ, 2 for a b_residualᵀ, 4 for a_residual b_residualᵀ.
@@ -159,6 +170,39 @@ VQVIT_EXPORT int vqvit_cpu_int8_attention(
     const int8_t* q, const int8_t* k, const int8_t* v, const float* q_scale, const float* k_scale,
     const float* v_scale, float logit_scale, int64_t batch, int64_t heads, int64_t queries, int64_t keys,
     int64_t head_dim, void* out, int dtype, int threads);
+
+/* CPU: encoder block -------------------------------------------------------------------------------------------- */
+
+/* Weights and sizes of h += layer_scale1 · attention(LN1(h)) · attn_outᵀ; h += layer_scale2 · act(LN2(h) fc1ᵀ) fc2ᵀ.
+ * Weights are panels of vqvit_cpu_pack_weight; what is not marked int8_t is fp32. */
+typedef struct vqvit_encoder_block {
+    const float* norm1_weight; /* (width) */
+    const float* norm1_bias;
+    const float* norm2_weight;
+    const float* norm2_bias;
+    const int8_t* qkv; /* (3 · heads · head_dim, width) */
+    const float* qkv_scale;
+    const float* qkv_bias;  /* biases and layer scales: or NULL */
+    const int8_t* attn_out; /* (width, heads · head_dim) */
+    const float* attn_out_scale;
+    const float* attn_out_bias;
+    const float* layer_scale1; /* (width) */
+    const int8_t* fc1;         /* (hidden, width) */
+    const float* fc1_scale;
+    const float* fc1_bias;
+    const int8_t* fc2; /* (width, hidden) */
+    const float* fc2_scale;
+    const float* fc2_bias;
+    const float* layer_scale2; /* (width) */
+    int64_t width, heads, head_dim, hidden;
+    float eps1, eps2, logit_scale;
+    float qkv_delta, attn_out_delta, fc1_delta; /* of the layer's input */
+    int32_t activation;                         /* enum vqvit_activation */
+} vqvit_encoder_block;
+
+/* int8_encoder_block: x and out (batch, tokens, width) of dtype. */
+VQVIT_EXPORT int vqvit_cpu_int8_encoder_block(
+    const vqvit_encoder_block* block, const void* x, int dtype, int64_t batch, int64_t tokens, void* out, int threads);
 
 /* CUDA: library ------------------------------------------------------------------------------------------------- */
 

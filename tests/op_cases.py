@@ -209,6 +209,31 @@ def attention(batch, heads, queries, keys, width, poison: str | None = None) -> 
     return *args, width**-0.5
 
 
+def block(
+    batch, tokens, width, heads, head_dim, hidden, dtype=torch.float32, activation="gelu", packed=True, biases=True,
+    layer_scales=False, deltas=(0.0, 0.0, 0.0), poison=False,
+) -> tuple:  # fmt: skip
+    """Operands of `int8_encoder_block` with weights of the size that keeps the stream near 1."""
+
+    def weight(n, k):
+        b = codes(n, k)
+        scale = (torch.rand(n) + 0.5) / (73 * k**0.5)
+        return ref.pack_weight(b) if packed else b, scale, (torch.randn(n) * 0.1).to(dtype) if biases else None
+
+    def norm():
+        return (1 + torch.randn(width) * 0.1).to(dtype), (torch.randn(width) * 0.1).to(dtype), 1e-6
+
+    x = normal(batch, tokens, width, dtype=dtype)
+    if poison:
+        x[0, tokens // 2, 0], x[-1, -1, -1] = torch.nan, torch.inf
+    weights = [weight(n, k) for n, k in (
+        (3 * heads * head_dim, width), (width, heads * head_dim), (hidden, width), (width, hidden),
+    )]  # fmt: skip
+    scale = [torch.rand(width) + 0.5 if layer_scales else None for _ in range(2)]
+    operands = [operand for weight in weights for operand in weight]
+    return x, heads, head_dim**-0.5, *norm(), *norm(), *operands, *scale, activation, *deltas
+
+
 def norm_args(x: Tensor) -> tuple:
     k = x.shape[-1]
     return x, torch.randn(k), torch.randn(k), 1e-6
@@ -368,6 +393,20 @@ CASES = {
         **{f"poisoned_{side}_of_pair": partial(attention, 1, 3, 9, 9, 64, side) for side in "qkv"},
         "poisoned_v_128": partial(attention, 1, 2, 9, 300, 128, "v"),
         "no_image_of_pairs": partial(attention, 0, 2, 4, 4, 64),
+    },
+    "int8_encoder_block": {
+        "vit_197": partial(block, 1, 197, 128, 2, 64, 256),
+        "two_images": partial(block, 2, 50, 96, 3, 32, 130, layer_scales=True),
+        "bf16": partial(block, 2, 17, 64, 1, 64, 128, torch.bfloat16, layer_scales=True),
+        "fp16_deltas": partial(block, 1, 9, 48, 2, 24, 100, torch.float16, deltas=(0.3, 0.5, 0.7)),
+        "odd": partial(block, 2, 5, 33, 3, 11, 71, activation="silu", biases=False),
+        "inner_width": partial(block, 1, 7, 40, 2, 80, 65, activation="quick_gelu"),
+        "plain_weights": partial(block, 1, 13, 64, 2, 32, 128, packed=False, activation="gelu_tanh"),
+        "no_activation": partial(block, 1, 13, 64, 2, 32, 128, activation="none"),
+        "relu_poisoned": partial(block, 3, 9, 64, 2, 32, 128, activation="relu", poison=True),
+        "one_token": partial(block, 3, 1, 64, 1, 64, 64),
+        "no_image": partial(block, 0, 4, 64, 2, 32, 128),
+        "strided": lambda: (normal(9, 2, 64).transpose(0, 1), *block(2, 9, 64, 2, 32, 128)[1:]),
     },
     "pack_weight": {name: lambda s=s: (codes(s[2], s[1]),) for name, s in GEMM_SHAPES.items()},
     "unpack_weight": {

@@ -120,6 +120,20 @@ def test_quantized_output_whichever_way_rows_are_shared_out(rows):
     assert_same("int8_linear_quantize", *args, out_scale=torch.tensor(100.0), row_sum=True)
 
 
+@pytest.mark.parametrize("n", [1, 64, 65, 128, 129, 300])
+@pytest.mark.parametrize("k", [1, 127, 128, 129, 300])
+def test_scales_of_groups(n, k):
+    for m in (1, 6, 7, 41):
+        a, weights = codes(m, k), reference.pack_weight(codes(n, k))
+        operands = (a, torch.rand(m, nm.group_count(k)) * 0.01, weights, torch.rand(n) * 0.05)
+        operands[1][m // 2, -1] = torch.nan
+        assert_same("int8_linear", *operands)
+        for store in ({}, {"per_group": True}, {"out_scale": torch.tensor(0.03)}, {"symmetric": False}):
+            assert_same("int8_linear_quantize", *operands, torch.randn(n), "gelu", **store)
+        one_scale = (a, torch.rand(m) * 0.01, *operands[2:])
+        assert_same("int8_linear_quantize", *one_scale, torch.randn(n), "gelu", per_group=True)
+
+
 def test_poison_of_a_column_reaches_the_static_scale_of_its_rows():
     a, b_scale = codes(13, 40), torch.rand(200) * 0.01
     b_scale[150] = torch.nan  # of the third panel
@@ -189,6 +203,7 @@ def test_row_ops_at_vector_edges(k):
         assert_same("layernorm_quantize", x, weight, bias, 1e-6, delta, None, True)
         assert_same("layernorm_quantize", x, weight, bias, 1e-6, delta, None, True, True)
     assert_same("quantize_per_token", x, 0.0, None, False, True)
+    assert_same("quantize_per_group", x, torch.rand(k))
     assert_same("layernorm_quantize", x, weight, bias, 1e-6, 0.0, torch.tensor(0.02))
     assert_same("add_layernorm_quantize", x, torch.randn(6, k), weight, bias, 1e-6, torch.randn(k))
     quantized, scale, _, _ = reference.quantize_per_token(x)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import CASES
 
 from vqvit import _build, native, reference
 from vqvit.backends import cpu
@@ -144,16 +145,17 @@ def test_signatures_match_the_header(device):
         assert ours == kinds, name
 
 
-def test_struct_matches_the_header():
+@pytest.mark.parametrize(("name", "struct"), [("gemm", native.Gemm), ("encoder_block", native.EncoderBlock)])
+def test_struct_matches_the_header(name, struct):
     header = re.sub(r"/\*.*?\*/", "", (CSRC / "vqvit.h").read_text(), flags=re.DOTALL)
-    fields = re.search(r"typedef struct vqvit_gemm \{(.*?)\}", header, re.DOTALL)[1]
+    fields = re.search(rf"typedef struct vqvit_{name} \{{(.*?)\}}", header, re.DOTALL)[1]
     names = [
         name.strip(" *")
         for line in fields.splitlines()
         if ";" in line
         for name in line.split(";")[0].split(None, 1 + line.strip().startswith("const"))[-1].split(",")
     ]
-    assert names == [name for name, _ in native.Gemm._fields_]
+    assert names == [name for name, _ in struct._fields_]
 
 
 @needs_library
@@ -190,6 +192,8 @@ def test_library_shares_torch_openmp():
 def test_any_number_of_threads_gives_the_same_bits(threads):
     a, b = torch.randint(-127, 128, (100, 96), dtype=torch.int8), torch.randint(-127, 128, (200, 96), dtype=torch.int8)
     args = (a, torch.rand(100), cpu.pack_weight(b), torch.rand(200), torch.randn(200), "gelu")
+    block = CASES["int8_encoder_block"]["two_images"]()
+    projection = CASES["int8_linear_qkv"]["two_images"]()
     qkv = torch.randn(1, 150, 3 * 2 * 64)
     previous = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -197,10 +201,17 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
         linear, quantized = cpu.int8_linear(*args), cpu.int8_linear_quantize(*args, row_sum=True)
         static = cpu.int8_linear_quantize(*args, out_scale=torch.tensor(0.1), row_sum=True)
         attention = cpu.int8_attention(*cpu.quantize_qkv(qkv, 2), 0.125)
+        whole, operands = cpu.int8_encoder_block(*block), cpu.int8_linear_qkv(*projection)
+        per_group = cpu.int8_linear_quantize(*args, per_group=True)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(previous)
     assert torch.equal(linear, reference.int8_linear(*args))
+    assert torch.equal(whole, reference.int8_encoder_block(*block))
+    for got, want in zip(operands, reference.int8_linear_qkv(*projection), strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(per_group, reference.int8_linear_quantize(*args, per_group=True), strict=True):
+        assert torch.equal(got, want)
     for got, want in zip(quantized, reference.int8_linear_quantize(*args, row_sum=True), strict=True):
         assert torch.equal(got, want)
     for got, want in zip(

@@ -58,7 +58,23 @@ class Gemm(ctypes.Structure):
     )  # fmt: skip
 
 
+class EncoderBlock(ctypes.Structure):
+    """struct vqvit_encoder_block."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in (
+            "norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "qkv", "qkv_scale", "qkv_bias", "attn_out",
+            "attn_out_scale", "attn_out_bias", "layer_scale1", "fc1", "fc1_scale", "fc1_bias", "fc2", "fc2_scale",
+            "fc2_bias", "layer_scale2",
+        )),
+        *((name, c_int64) for name in ("width", "heads", "head_dim", "hidden")),
+        *((name, c_float) for name in ("eps1", "eps2", "logit_scale", "qkv_delta", "attn_out_delta", "fc1_delta")),
+        ("activation", c_int32),
+    )  # fmt: skip
+
+
 _POINTER, _STREAM, _SIZE, _GEMM = c_void_p, c_void_p, c_int64, ctypes.POINTER(Gemm)
+_BLOCK = ctypes.POINTER(EncoderBlock)
 _MATRIX = (_POINTER, c_int, _SIZE, _SIZE)  # data, dtype, rows, columns
 
 _SIGNATURES = {
@@ -66,6 +82,7 @@ _SIGNATURES = {
         "set_isa": (c_char_p,),
         "peak": (_SIZE, ctypes.POINTER(c_double), c_int),
         "quantize": (*_MATRIX, _POINTER, _POINTER, c_float, c_int, *[_POINTER] * 4, c_int),
+        "quantize_per_group": (*_MATRIX, *[_POINTER] * 3, c_int),
         "quantize_residual": (_POINTER, c_int, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, c_int),
         "layernorm_quantize": (
             _POINTER, c_int, _POINTER, c_int, *[_POINTER] * 3, _SIZE, _SIZE, c_float, c_int, c_float, *[_POINTER] * 5,
@@ -76,10 +93,12 @@ _SIGNATURES = {
         "unpack_weight": (_POINTER, _SIZE, _SIZE, _POINTER, c_int),
         "int8_mm": (_GEMM, _POINTER, c_int),
         "int8_linear": (_GEMM, _POINTER, c_int, c_int),
-        "int8_linear_quantize": (_GEMM, _POINTER, c_int, *[_POINTER] * 4, c_int),
+        "int8_linear_quantize": (_GEMM, _POINTER, c_int, c_int, *[_POINTER] * 4, c_int),
+        "int8_linear_qkv": (_GEMM, _SIZE, _SIZE, *[_POINTER] * 6, c_int),
         "int8_linear_compensated": (_GEMM, _POINTER, _POINTER, c_int, c_float, c_float, _POINTER, c_int, c_int),
         "quantize_qkv": (_POINTER, c_int, *[_SIZE] * 4, *[_POINTER] * 6, c_int),
         "int8_attention": (*[_POINTER] * 6, c_float, *[_SIZE] * 5, _POINTER, c_int, c_int),
+        "int8_encoder_block": (_BLOCK, _POINTER, c_int, _SIZE, _SIZE, _POINTER, c_int),
     },
     "cuda": {
         "quantize": (

@@ -225,6 +225,11 @@ def row_scale(x: Tensor, delta: float = 0.0) -> Tensor:
     return torch.where(finite, scale, torch.nan).squeeze(-1)
 
 
+def group_count(width: int) -> int:
+    """Scales of a row of `width` elements that are quantized by group."""
+    return -(-width // GROUP)
+
+
 def groups(x: Tensor) -> Tensor:
     """(..., K) as (..., ⌈K / 128⌉, 128), padded with zeros, which change no scale."""
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from vqvit import backends
-from vqvit import numerics as nm
 
 _library = torch.library.Library("vqvit", "DEF")
 _names: list[str] = []
@@ -54,11 +53,6 @@ def empty_qkv(like: Tensor, batch: int, heads: int, tokens: int, head_dim: int) 
     codes = (empty_int8(like, batch, heads, tokens, head_dim) for _ in range(3))
     token_scales = (empty_fp32(like, batch, heads, tokens) for _ in range(2))
     return *codes, *token_scales, empty_fp32(like, batch, heads, head_dim)
-
-
-def groups(width: int) -> int:
-    """Scales of a row in per-token-group quantization."""
-    return -(-width // nm.GROUP)
 
 
 def registered() -> tuple[str, ...]:

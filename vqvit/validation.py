@@ -27,7 +27,7 @@ def check_tensor(
     if tensor.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: expected {name} of dtype {names}; got {str(tensor.dtype).removeprefix('torch.')}")
-    if shape is not None and not _fits(tuple(tensor.shape), shape):
+    if shape is not None and not _fits(tensor.shape, shape):
         wanted = ", ".join("*" if s is None else "..." if s is ... else str(s) for s in shape)
         raise ValueError(f"{op}: expected {name} of shape ({wanted}); got {tuple(tensor.shape)}")
     if like is not None and tensor.device != like.device:
@@ -38,7 +38,12 @@ def _fits(actual: tuple, wanted: tuple) -> bool:
     if wanted and wanted[0] is ...:
         tail = wanted[1:]
         actual, wanted = actual[len(actual) - len(tail) :] if len(actual) >= len(tail) else (), tail
-    return len(actual) == len(wanted) and all(w is None or a == w for a, w in zip(actual, wanted, strict=True))
+    if len(actual) != len(wanted):
+        return False
+    for size, expected in zip(actual, wanted, strict=True):  # a loop, not all(): every op pays for this
+        if expected is not None and size != expected:
+            return False
+    return True
 
 
 def check_optional(op: str, name: str, tensor: Tensor | None, dtypes, shape: tuple, like: Tensor) -> None:
@@ -85,11 +90,26 @@ def check_operands(
     check_tensor(op, "a_scale", a_scale, torch.float32, (m, -(-k // nm.GROUP)) if grouped else (m,), a)
     check_tensor(op, "b_scale", b_scale, torch.float32, (None,), a)
     n = b_scale.shape[0]
-    if b.dim() == 4:
-        check_tensor(op, "packed b", b, torch.int8, (-(-n // 64), -(-k // 4) + 1, 64, 4), a)
-    else:
-        check_tensor(op, "b", b, torch.int8, (n, k), a)
+    check_codes(op, "b", b, n, k, a)
     return m, n, k
+
+
+def check_codes(op: str, name: str, b: Tensor, n: int, k: int, like: Tensor) -> None:
+    """int8 (N, K), or packed."""
+    if b.dim() == 4:
+        check_tensor(op, f"packed {name}", b, torch.int8, (-(-n // 64), -(-k // 4) + 1, 64, 4), like)
+    else:
+        check_tensor(op, name, b, torch.int8, (n, k), like)
+
+
+def check_weight(
+    op: str, name: str, b: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int, like: Tensor
+) -> None:
+    """A symmetric weight (N, K), plain or packed, with its scale (N,) and float bias (N,) or None."""
+    check(1 <= k <= nm.K_MAX_SYMMETRIC, op, f"1 <= K <= {nm.K_MAX_SYMMETRIC} for {name} (int32 accumulator)", k)
+    check_codes(op, name, b, n, k, like)
+    check_tensor(op, f"{name}_scale", scale, torch.float32, (n,), like)
+    check_optional(op, f"{name}_bias", bias, FLOATS, (n,), like)
 
 
 def check_linear(op, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum) -> tuple:

@@ -152,8 +152,9 @@ void attention_head(const AttentionTask& t, int64_t batch, int64_t head, int64_t
         for (int r = 0; r < rows; ++r) Dot::prepare(q + r * d, d, s.q + r * q_stride);
         for (int64_t j = 0; j < t.keys; j += kPanel) {
             const int8_t* panel = s.k + j / kPanel * panel_bytes(d);
+            const int32_t* sums = column_sums(panel, q_groups);
             Dot::tile(
-                rows, tile_vectors(t.keys - j), s.q, q_stride, panel, q_groups, false, s.logits + j, s.key_columns);
+                rows, tile_vectors(t.keys - j), s.q, q_stride, panel, q_groups, sums, s.logits + j, s.key_columns);
         }
 
         // Softmax numerators. A scale that is not finite poisons its query, or every query if it is a key's.
@@ -183,8 +184,8 @@ void attention_head(const AttentionTask& t, int64_t batch, int64_t head, int64_t
             int32_t* low = s.out + Dot::kRows * kPanel;
             const uint8_t* p_low = p + Dot::kRows * p_stride;
             const int vectors = tile_vectors(d - d0);
-            Dot::tile(rows, vectors, p, p_stride, panel, s.value_groups, true, high, kPanel);
-            Dot::tile(rows, vectors, p_low, p_stride, panel, s.value_groups, true, low, kPanel);
+            Dot::tile(rows, vectors, p, p_stride, panel, s.value_groups, nullptr, high, kPanel);
+            Dot::tile(rows, vectors, p_low, p_stride, panel, s.value_groups, nullptr, low, kPanel);
             for (int r = 0; r < rows; ++r, high += kPanel, low += kPanel) {
                 store_head_row<V>(t, out + (i + r) * out_stride, high, low, t.v_scale + bh * d, d0, total[r]);
             }

@@ -6,7 +6,7 @@
 //   kGroupBytes       bytes that four input channels of one row take once prepared
 //   prepare           one row of s8 codes in the layout the tile reads, padded to groups; of u8 too unless kReadsU8
 //   tile              out[r][n] = Σ_k a[r][k] b[n][k] for `rows` <= kRows rows and 16 · `vectors` columns of a panel;
-//                     is_unsigned: a is u8
+//                     `sums`: Σ_k b[n][k] over the same groups, read where kReadsU8; NULL: a is u8
 //   pack_panel        one panel from rows of b: see pack_panel_portable
 //   pack_transposed   one panel from columns of b, without sums: see pack_transposed_portable
 #pragma once
@@ -22,6 +22,11 @@ constexpr int kTileVectors = kPanel / 16;
 
 // Sixteens of columns in a tile that has `columns` columns left, one panel at most.
 inline int tile_vectors(int64_t columns) { return static_cast<int>(smaller(ceil_div(columns, 16), kTileVectors)); }
+
+// The column sums that close a panel of `groups` groups.
+inline const int32_t* column_sums(const int8_t* panel, int64_t groups) {
+    return reinterpret_cast<const int32_t*>(panel + groups * kGroupBytes);
+}
 
 // One panel from b, (columns, k) with rows b_stride apart: groups of (64 columns, 4 input channels), then column sums.
 inline void pack_panel_portable(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel) {
@@ -62,8 +67,8 @@ struct DotScalar {
     }
 
     static void tile(
-        int rows, int vectors, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, bool,
-        int32_t* out, int64_t out_stride) {
+        int rows, int vectors, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups,
+        const int32_t*, int32_t* out, int64_t out_stride) {
         const int columns = vectors * 16;
         for (int r = 0; r < rows; ++r) {
             int32_t acc[kPanel] = {};

@@ -33,15 +33,14 @@ struct DotAvx512Vnni {
 
     template <int R, int N>
     static void tile_fixed(
-        const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, bool is_unsigned, int32_t* out,
-        int64_t out_stride) {
+        const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, const int32_t* sums,
+        int32_t* out, int64_t out_stride) {
         __m512i acc[R][N];
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
             __m512i start = _mm512_setzero_si512();
-            if (!is_unsigned) {
-                const __m512i sums = _mm512_loadu_si512(panel + groups * vqvit::kGroupBytes + n * 64);
-                start = _mm512_sub_epi32(start, _mm512_slli_epi32(sums, 7));
+            if (sums != nullptr) {
+                start = _mm512_sub_epi32(start, _mm512_slli_epi32(_mm512_loadu_si512(sums + n * kColumns), 7));
             }
 #pragma GCC unroll 6
             for (int r = 0; r < R; ++r) acc[r][n] = start;
@@ -68,8 +67,8 @@ struct DotAvx512Vnni {
 
     static void tile(
         int rows, int vectors, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups,
-        bool is_unsigned, int32_t* out, int64_t out_stride) {
-        using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, bool, int32_t*, int64_t);
+        const int32_t* sums, int32_t* out, int64_t out_stride) {
+        using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, const int32_t*, int32_t*, int64_t);
         static constexpr Tile by_shape[kRows][4] = {
             {tile_fixed<1, 1>, tile_fixed<1, 2>, tile_fixed<1, 3>, tile_fixed<1, 4>},
             {tile_fixed<2, 1>, tile_fixed<2, 2>, tile_fixed<2, 3>, tile_fixed<2, 4>},
@@ -78,7 +77,7 @@ struct DotAvx512Vnni {
             {tile_fixed<5, 1>, tile_fixed<5, 2>, tile_fixed<5, 3>, tile_fixed<5, 4>},
             {tile_fixed<6, 1>, tile_fixed<6, 2>, tile_fixed<6, 3>, tile_fixed<6, 4>},
         };
-        by_shape[rows - 1][vectors - 1](a, a_stride, panel, groups, is_unsigned, out, out_stride);
+        by_shape[rows - 1][vectors - 1](a, a_stride, panel, groups, sums, out, out_stride);
     }
 
     // Sixteen rows of 16 groups become 16 groups of 16 rows: a transpose of 4-byte elements.

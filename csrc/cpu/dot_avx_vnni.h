@@ -57,16 +57,16 @@ struct DotAvxVnni {
 
     static void tile(
         int rows, int vectors, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups,
-        bool is_unsigned, int32_t* out, int64_t out_stride) {
+        const int32_t* sums, int32_t* out, int64_t out_stride) {
         using Tile =
             void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, const __m256i(&)[2], int32_t*, int64_t);
         static constexpr Tile by_rows[kRows] = {tile_16<1>, tile_16<2>, tile_16<3>, tile_16<4>, tile_16<5>, tile_16<6>};
-        const __m256i* sums = reinterpret_cast<const __m256i*>(panel + groups * vqvit::kGroupBytes);
         for (int v = 0; v < vectors; ++v) {
             __m256i start[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-            if (!is_unsigned) {
-                start[0] = _mm256_sub_epi32(start[0], _mm256_slli_epi32(_mm256_loadu_si256(sums + 2 * v), 7));
-                start[1] = _mm256_sub_epi32(start[1], _mm256_slli_epi32(_mm256_loadu_si256(sums + 2 * v + 1), 7));
+            if (sums != nullptr) {
+                const __m256i* s = reinterpret_cast<const __m256i*>(sums + v * 16);
+                start[0] = _mm256_sub_epi32(start[0], _mm256_slli_epi32(_mm256_loadu_si256(s), 7));
+                start[1] = _mm256_sub_epi32(start[1], _mm256_slli_epi32(_mm256_loadu_si256(s + 1), 7));
             }
             by_rows[rows - 1](a, a_stride, panel + v * 16 * kKGroup, groups, start, out + v * 16, out_stride);
         }

@@ -1,7 +1,8 @@
-// int8_mm, int8_linear, int8_linear_quantize, int8_linear_compensated: blocking and threads around the panel kernels.
+// int8_mm, int8_linear and its quantizing, compensated and projecting (qkv) forms: blocking and threads around the panel kernels.
 // The formulas are in gemm_s8.h.
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -16,6 +17,9 @@ constexpr int64_t kRowBlockBytes = 256 * 1024;
 
 // fp32 rows of int8_linear_quantize that wait for their maximum, in L2.
 constexpr int64_t kWaitingRowBytes = 384 * 1024;
+
+// fp32 rows of int8_linear_qkv that wait for their heads to be whole, in L1 beside a tile's row of weights.
+constexpr int64_t kWaitingTileBytes = 12 * 1024;
 
 // Tasks a thread should find, so that the last one to finish keeps the others waiting for 3 % of the time at most.
 constexpr int64_t kTasksPerThread = 16;
@@ -87,6 +91,80 @@ void run_gemm_per_token(const Kernels& isa, const GemmTask& t, const Codes& code
     parallel_for<PreparedRows>(rows.blocks, macs(g), threads, task);
 }
 
+// Each task computes the fp32 columns of one group into this thread's scratch and quantizes them there.
+void run_gemm_per_group(const Kernels& isa, const GemmTask& t, int8_t* codes, float* scale, int threads) {
+    const vqvit_gemm& g = t.gemm;
+    constexpr int64_t kPanels = kGroup / kPanel;
+    const int64_t groups = ceil_div(g.n, kGroup), panels = ceil_div(g.n, kPanel);
+    const int64_t bytes = row_bytes(isa, g.k) + kGroup * int64_t{sizeof(float)};
+    const RowBlocks rows(g.m, isa.tile_rows, ceil_div(threads * kTasksPerThread, groups), bytes, kRowBlockBytes);
+    const auto task = [&](PreparedRows& prepared, int64_t i) {
+        const int64_t group = i % groups, first = rows.first(i / groups), last = rows.last(i / groups);
+        prepared.load(isa, t, i / groups, first, last);
+        GemmTask block = t;
+        void* waiting = scratch(Slot::kTile, (last - first) * kGroup * int64_t{sizeof(float)});
+        float* tile = static_cast<float*>(waiting) - first * kGroup;
+        block.out = tile - group * kGroup;  // its column is counted from the first of the matrix
+        block.out_stride = kGroup;
+        for (int64_t p = group * kPanels; p < std::min((group + 1) * kPanels, panels); ++p) {
+            isa.gemm_panel(block, first, last, p, prepared.a, nullptr);
+        }
+        const int64_t columns = std::min<int64_t>(g.n - group * kGroup, kGroup);
+        const QuantizeGroups quantize = {
+            tile, VQVIT_F32, kGroup, columns, nullptr, codes + group * kGroup, scale + group, g.n, groups,
+        };
+        isa.quantize_groups(quantize, first, last);
+    };
+    parallel_for<PreparedRows>(rows.blocks * groups, macs(g), threads, task);
+}
+
+// The fp32 projection of whole heads in this thread's scratch becomes codes there: a few rows at a time for q and k, in
+// L1; all tokens of an image for v, whose scales need every token, in L2.
+void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int threads) {
+    const vqvit_gemm& g = t.gemm;
+    const int64_t d = out.head_dim, images = g.m / out.tokens, panels = ceil_div(g.n, kPanel);
+    const int64_t unit_panels = std::min(d / std::gcd<int64_t>(d, kPanel), panels);  // the fewest that hold whole heads
+    const int64_t unit = unit_panels * kPanel, units = ceil_div(panels, unit_panels);
+    const int64_t value_units = units - 2 * out.heads * d / unit, other_units = units - value_units;
+    const int64_t bytes = row_bytes(isa, g.k) + unit * int64_t{sizeof(float)};
+    const int64_t busy = ceil_div(threads * kTasksPerThread, images * units);
+    const RowBlocks rows(out.tokens, isa.tile_rows, busy, bytes, kRowBlockBytes);
+    const int64_t tiles_in_l1 = kWaitingTileBytes / (unit * isa.tile_rows * int64_t{sizeof(float)});
+    const int64_t step = std::max<int64_t>(tiles_in_l1, 1) * isa.tile_rows;
+
+    const int64_t tasks = value_units + other_units * rows.blocks;  // of an image, the longest first
+    const auto task = [&](PreparedRows& prepared, int64_t i) {
+        const int64_t image = i / tasks, within = i % tasks - value_units;
+        const bool values = within < 0;
+        const int64_t block = values ? 0 : within / other_units, whole = rows.blocks == 1 ? 0 : 1 + block;
+        const int64_t u = values ? units + within : within % other_units;
+        const int64_t begin = image * out.tokens, first = begin + (values ? 0 : rows.first(block));
+        const int64_t last = begin + (values ? out.tokens : rows.last(block));
+        prepared.load(isa, t, image * (rows.blocks + 1) + (values ? 0 : whole), first, last);
+
+        const int64_t at_once = values ? last - first : std::min(step, last - first);
+        float* waiting = static_cast<float*>(scratch(Slot::kTile, at_once * unit * int64_t{sizeof(float)}));
+        GemmTask part = t;
+        part.out_stride = unit;
+        for (int64_t m = first; m < last; m += at_once) {
+            const int64_t end = std::min(m + at_once, last);
+            const char* a = static_cast<const char*>(prepared.a) + (m - first) * row_bytes(isa, g.k);
+            part.out = waiting - m * unit - u * unit;  // rows and columns are counted from those of the matrix
+            for (int64_t p = u * unit_panels; p < std::min((u + 1) * unit_panels, panels); ++p) {
+                isa.gemm_panel(part, m, end, p, a, nullptr);
+            }
+            for (int64_t column = u * unit; column < std::min((u + 1) * unit, g.n); column += d) {
+                const int64_t head = column / d;
+                const float* x = waiting + (column - u * unit);
+                const int which = static_cast<int>(head / out.heads);
+                isa.quantize_head(
+                    out.head(which, image, head % out.heads, m - begin, end - m, x, VQVIT_F32, unit));
+            }
+        }
+    };
+    parallel_for<PreparedRows>(images * tasks, macs(g), threads, task);
+}
+
 // Panels of (n, k) weights: b itself if packed, else packed now into `slot`.
 const int8_t* panels_of(const int8_t* b, bool packed, const vqvit_gemm& g, Slot slot, int threads) {
     if (packed || b == nullptr) return b;
@@ -105,8 +183,6 @@ GemmTask gemm_task(const vqvit_gemm& g, Store store, void* out, int dtype, int t
     t.out_stride = g.n;
     return t;
 }
-
-bool known_activation(int activation) { return activation >= VQVIT_NONE && activation <= VQVIT_RELU; }
 
 }  // namespace
 }  // namespace vqvit
@@ -145,12 +221,16 @@ int vqvit_cpu_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, int thread
 }
 
 int vqvit_cpu_int8_linear_quantize(
-    const vqvit_gemm* gemm, const float* out_scale, int symmetric, int8_t* codes, float* scale, int32_t* zero_point,
-    int32_t* row_sum, int threads) {
+    const vqvit_gemm* gemm, const float* out_scale, int symmetric, int per_group, int8_t* codes, float* scale,
+    int32_t* zero_point, int32_t* row_sum, int threads) {
     const vqvit_gemm& g = *gemm;
     if (!known_activation(g.activation)) return VQVIT_UNKNOWN_ACTIVATION;
     if (g.m == 0) return VQVIT_OK;
     const Kernels& isa = kernels();
+    if (per_group != 0) {
+        run_gemm_per_group(isa, gemm_task(g, Store::kFloat, nullptr, VQVIT_F32, threads), codes, scale, threads);
+        return VQVIT_OK;
+    }
     if (out_scale != nullptr) {
         GemmTask t = gemm_task(g, Store::kStaticCodes, codes, VQVIT_F32, threads);
         t.static_scale = out_scale;
@@ -172,6 +252,15 @@ int vqvit_cpu_int8_linear_quantize(
     run_gemm(isa, t, threads);
     const QuantizeRows quantize = {t.out, VQVIT_F32, g.n, nullptr, out};
     parallel_rows(g.m, g.n, threads, [&](int64_t first, int64_t last) { isa.quantize_rows(quantize, first, last); });
+    return VQVIT_OK;
+}
+
+int vqvit_cpu_int8_linear_qkv(
+    const vqvit_gemm* gemm, int64_t tokens, int64_t heads, int8_t* q, int8_t* k, int8_t* v, float* q_scale,
+    float* k_scale, float* v_scale, int threads) {
+    if (gemm->m == 0) return VQVIT_OK;
+    const Qkv out = {tokens, heads, gemm->n / (3 * heads), {q, k, v}, {q_scale, k_scale, v_scale}};
+    run_gemm_qkv(kernels(), gemm_task(*gemm, Store::kFloat, nullptr, VQVIT_F32, threads), out, threads);
     return VQVIT_OK;
 }
 

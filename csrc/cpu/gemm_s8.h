@@ -1,6 +1,7 @@
 // One task of a GEMM: a block of rows times one 64-column panel, tile by tile, each tile finished while it is in L1.
 //
 //   acc = Σ_k (a - z_a)(b - z_b)          int32
+//   acc = Σ_g fma(acc_g, α_a[g], acc)     fp32, where each kGroup columns g of a have a scale; then α_a below is 1
 //   y   = act(fma(acc, α_a α_b, bias))    fp32
 //   y   = fma(y, layer_scale, residual)
 //   out = y as int32 / float / static int8 codes
@@ -131,19 +132,26 @@ inline void load_accumulators(
     }
 }
 
-// A tile of int32 products to `out`: dequantization, activation, residual and store.
+// A tile of int32 products, or with a_groups of the fp32 sums of `add_groups`, to `out`: dequantization, activation,
+// residual and store.
 template <class V>
 void finish_tile(
-    const GemmTask& t, const PanelColumns& c, int64_t first, int rows, const int32_t* products, int64_t tile) {
+    const GemmTask& t, const PanelColumns& c, int64_t first, int rows, const int32_t* products, int64_t tile,
+    const float* sums) {
     constexpr int kVectors = kPanel / V::lanes;
     const vqvit_gemm& g = t.gemm;
     with_activation(g.activation, [&](auto activation_kind) {
-        for (int64_t m = first; m < first + rows; ++m, products += kPanel) {
+        for (int64_t m = first; m < first + rows; ++m, products += kPanel, sums += kPanel) {
             typename V::F y[kVectors];
-            load_accumulators<V>(y, t, c, m, products, tile);
-            const typename V::F a_scale = V::set(g.a_scale[m]);
+            float a_scale = 1.0f;  // 1 · α_b is exact
+            if (g.a_groups != 0) {
+                for (int v = 0; v < kVectors; ++v) y[v] = V::load(sums + v * V::lanes);
+            } else {
+                load_accumulators<V>(y, t, c, m, products, tile);
+                a_scale = g.a_scale[m];
+            }
             for (int v = 0; v < kVectors; ++v) {
-                const typename V::F scale = V::mul(a_scale, V::load(c.b_scale + v * V::lanes));
+                const typename V::F scale = V::mul(V::set(a_scale), V::load(c.b_scale + v * V::lanes));
                 y[v] = V::fma(y[v], scale, V::load(c.bias + v * V::lanes));
                 y[v] = activation<V, activation_kind.kind>(y[v]);
             }
@@ -167,6 +175,45 @@ inline void store_products(const GemmTask& t, const PanelColumns& c, int64_t fir
     }
 }
 
+// Σ_k b of each column of a panel and each kGroup rows of b: (⌈k / kGroup⌉, 64), in this thread's scratch.
+template <class Dot>
+const int32_t* group_column_sums(const int8_t* panel, int64_t k) {
+    if (!Dot::kReadsU8) return nullptr;  // tiles read no sums
+    alignas(64) uint8_t ones[kGroup];
+    std::memset(ones, 1, sizeof ones);
+    const int64_t bytes = ceil_div(k, kGroup) * kPanel * int64_t{sizeof(int32_t)};
+    int32_t* sums = static_cast<int32_t*>(scratch(Slot::kGroupSums, bytes));
+    int32_t* target = sums;
+    for (int64_t i = 0; i < k; i += kGroup, panel += kGroup / kKGroup * kGroupBytes, target += kPanel) {
+        const int64_t groups = ceil_div(smaller(k - i, kGroup), kKGroup);
+        Dot::tile(1, kTileVectors, ones, kGroup, panel, groups, nullptr, target, kPanel);
+    }
+    return sums;
+}
+
+// One tile of Σ_g fma(acc_g, α_a[m, g], s) over the kGroup columns g of a, in their order. `a`: prepared rows from m on;
+// `out` (rows, 64): fp32.
+template <class V, class Dot>
+void add_groups(
+    const vqvit_gemm& g, int64_t m, int rows, const uint8_t* a, const int8_t* panel, const int32_t* sums, float* out) {
+    constexpr int64_t kRowBytes = kGroup / kKGroup * Dot::kGroupBytes, kPanelBytes = kGroup / kKGroup * kGroupBytes;
+    const int64_t a_stride = ceil_div(g.k, kKGroup) * Dot::kGroupBytes, scales = ceil_div(g.k, kGroup);
+    alignas(64) int32_t acc[Dot::kRows * kPanel];
+    std::memset(out, 0, static_cast<size_t>(rows) * kPanel * sizeof(float));
+    for (int64_t i = 0; i < scales; ++i, a += kRowBytes, panel += kPanelBytes) {
+        const int64_t groups = ceil_div(smaller(g.k - i * kGroup, kGroup), kKGroup);
+        const int32_t* group_sums = sums == nullptr ? nullptr : sums + i * kPanel;
+        Dot::tile(rows, kTileVectors, a, a_stride, panel, groups, group_sums, acc, kPanel);
+        for (int r = 0; r < rows; ++r) {
+            const typename V::F scale = V::set(g.a_scale[(m + r) * scales + i]);
+#pragma GCC unroll 8
+            for (int64_t n = r * kPanel; n < (r + 1) * kPanel; n += V::lanes) {
+                V::store(out + n, V::fma(V::to_float(V::load_i(acc + n)), scale, V::load(out + n)));
+            }
+        }
+    }
+}
+
 template <class V, class Dot>
 void gemm_panel(
     const GemmTask& t, int64_t first, int64_t last, int64_t panel, const void* prepared,
@@ -184,20 +231,29 @@ void gemm_panel(
     const int8_t* right[4] = {t.panels, t.panels, t.residual_panels, t.residual_panels};
     const int wanted = 1 | t.terms << 1;
     alignas(64) int32_t products[4 * kTile];
+    alignas(64) float sums[kTile];
     if (t.terms != 0) std::memset(products, 0, sizeof products);
+    const bool grouped = t.gemm.a_groups != 0;
+    const int32_t* group_sums = grouped ? group_column_sums<Dot>(t.panels + offset, t.gemm.k) : nullptr;
 
     for (int64_t m = first; m < last; m += Dot::kRows) {
         const int rows = static_cast<int>(smaller(last - m, Dot::kRows));
+        if (grouped) {
+            add_groups<V, Dot>(t.gemm, m, rows, a + (m - first) * a_stride, t.panels + offset, group_sums, sums);
+            finish_tile<V>(t, columns, m, rows, products, kTile, sums);
+            continue;
+        }
         for (int i = 0; wanted >> i != 0; ++i) {
             if ((wanted >> i & 1) == 0) continue;
             const uint8_t* rows_of_a = left[i] + (m - first) * a_stride;
             int32_t* tile = products + i * kTile;
-            Dot::tile(rows, kTileVectors, rows_of_a, a_stride, right[i] + offset, groups, false, tile, kPanel);
+            const int8_t* b = right[i] + offset;
+            Dot::tile(rows, kTileVectors, rows_of_a, a_stride, b, groups, column_sums(b, groups), tile, kPanel);
         }
         if (t.store == Store::kInt32) {
             store_products(t, columns, m, rows, products);
         } else {
-            finish_tile<V>(t, columns, m, rows, products, kTile);
+            finish_tile<V>(t, columns, m, rows, products, kTile, sums);
         }
     }
 }

@@ -17,13 +17,14 @@ constexpr Kernels kernel_table(const char* name, bool (*supported)()) {
         Dot::kRows,
         Dot::kGroupBytes,
         quantize_rows<V>,
+        quantize_groups<V>,
         quantize_residual<V>,
         layernorm_rows<V>,
         patchify_rows<V>,
         Dot::pack_panel,
         prepare_a<Dot>,
         gemm_panel<V, Dot>,
-        quantize_qkv_head<V>,
+        quantize_head<V>,
         attention_head<V, Dot>,
     };
 }

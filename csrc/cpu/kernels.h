@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "constants.h"
 #include "vqvit.h"
 
 namespace vqvit {
@@ -22,6 +23,8 @@ inline int64_t panel_bytes(int64_t k) { return (ceil_div(k, kKGroup) + 1) * kGro
 
 inline bool known_dtype(int dtype) { return dtype >= VQVIT_F32 && dtype <= VQVIT_BF16; }
 
+inline bool known_activation(int activation) { return activation >= VQVIT_NONE && activation <= VQVIT_RELU; }
+
 // How rows of codes come out of a quantizer.
 struct Codes {
     int8_t* codes;              // (rows, k)
@@ -39,6 +42,17 @@ struct QuantizeRows {
     int64_t k;
     const float* equalizer;  // (k) or NULL
     Codes out;
+};
+
+// Each kGroup columns of a row with a scale of their own.
+struct QuantizeGroups {
+    const void* x;  // (rows, k) of dtype
+    int dtype;
+    int64_t x_stride, k;
+    const float* equalizer;  // (k) or NULL
+    int8_t* codes;           // (rows, k)
+    float* scale;            // (rows, ⌈k / kGroup⌉)
+    int64_t codes_stride, scale_stride;
 };
 
 struct QuantizeResidual {
@@ -92,12 +106,30 @@ struct GemmTask {
     int32_t* row_sum;           // kStaticCodes: zeroed before the tiles run, or NULL
 };
 
-struct QkvTask {
-    const void* qkv;  // (batch, tokens, 3 · heads · head_dim) of dtype
+// Codes of one head of q or k (a scale per token) or of v (a scale per channel).
+struct HeadTask {
+    const void* x;  // (tokens, head_dim) of dtype, rows x_stride apart
     int dtype;
+    int64_t x_stride, tokens, head_dim;
+    int8_t* codes;  // (tokens, head_dim)
+    float* scale;   // (tokens), or (head_dim) by channel
+    bool by_channel;
+};
+
+// Attention's operands, as vqvit_cpu_quantize_qkv writes them.
+struct Qkv {
     int64_t tokens, heads, head_dim;
-    int8_t *q, *k, *v;
-    float *q_scale, *k_scale, *v_scale;
+    int8_t* codes[3];  // q, k, v (batch, heads, tokens, head_dim)
+    float* scale[3];   // q, k (batch, heads, tokens), v (batch, heads, head_dim)
+
+    // Tokens [first, first + count) of one head, from x; a head of v needs all of its tokens.
+    HeadTask head(
+        int part, int64_t image, int64_t head, int64_t first, int64_t count, const void* x, int dtype,
+        int64_t x_stride) const {
+        const int64_t bh = image * heads + head, scales = part == 2 ? bh * head_dim : bh * tokens + first;
+        int8_t* target = codes[part] + (bh * tokens + first) * head_dim;
+        return {x, dtype, x_stride, count, head_dim, target, scale[part] + scales, part == 2};
+    }
 };
 
 struct AttentionTask {
@@ -116,6 +148,7 @@ struct Kernels {
     int64_t a_group_bytes;  // bytes of four input channels of one row, prepared for the tile
 
     void (*quantize_rows)(const QuantizeRows&, int64_t first, int64_t last);
+    void (*quantize_groups)(const QuantizeGroups&, int64_t first, int64_t last);
     void (*quantize_residual)(const QuantizeResidual&, int64_t first, int64_t last);
     void (*layernorm_rows)(const LayerNormRows&, int64_t first, int64_t last);
     void (*patchify_rows)(const Patchify&, int64_t first, int64_t last);
@@ -128,7 +161,7 @@ struct Kernels {
         const GemmTask&, int64_t first, int64_t last, int64_t panel, const void* prepared,
         const void* prepared_residual);
 
-    void (*quantize_qkv_head)(const QkvTask&, int64_t batch, int64_t head);
+    void (*quantize_head)(const HeadTask&);
     // Queries [first, last) of one head.
     void (*attention_head)(const AttentionTask&, int64_t batch, int64_t head, int64_t first, int64_t last);
 };

@@ -17,6 +17,16 @@ int vqvit_cpu_quantize(
     return VQVIT_OK;
 }
 
+int vqvit_cpu_quantize_per_group(
+    const void* x, int dtype, int64_t rows, int64_t k, const float* equalizer, int8_t* codes, float* scale,
+    int threads) {
+    if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
+    const Kernels& isa = kernels();
+    const QuantizeGroups task = {x, dtype, k, k, equalizer, codes, scale, k, ceil_div(k, kGroup)};
+    parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.quantize_groups(task, first, last); });
+    return VQVIT_OK;
+}
+
 int vqvit_cpu_quantize_residual(
     const void* x, int dtype, const int8_t* codes, const float* scale, int64_t rows, int64_t k, int8_t* residual_codes,
     int threads) {
@@ -45,10 +55,16 @@ int vqvit_cpu_quantize_qkv(
     int8_t* v, float* q_scale, float* k_scale, float* v_scale, int threads) {
     if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     const Kernels& isa = kernels();
-    const QkvTask task = {qkv, dtype, tokens, heads, head_dim, q, k, v, q_scale, k_scale, v_scale};
-    const int64_t work = batch * heads * tokens * head_dim * 3 * kRowOperations;
+    const Qkv out = {tokens, heads, head_dim, {q, k, v}, {q_scale, k_scale, v_scale}};
+    const int64_t width = 3 * heads * head_dim, size = dtype == VQVIT_F32 ? 4 : 2;
+    const int64_t work = batch * tokens * width * kRowOperations;
     parallel_for<Stateless>(batch * heads, work, threads, [&](Stateless&, int64_t i) {
-        isa.quantize_qkv_head(task, i / heads, i % heads);
+        const int64_t image = i / heads, head = i % heads;
+        for (int part = 0; part < 3; ++part) {
+            const int64_t offset = image * tokens * width + (part * heads + head) * head_dim;
+            const char* x = static_cast<const char*>(qkv) + offset * size;
+            isa.quantize_head(out.head(part, image, head, 0, tokens, x, dtype, width));
+        }
     });
     return VQVIT_OK;
 }

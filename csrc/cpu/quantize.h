@@ -1,4 +1,4 @@
-// The quantizing tasks of `Kernels`: rows, residual codes, patches of images, q, k and v of a head. Formulas: rows.h.
+// The quantizing tasks of `Kernels`: rows, residual codes, patches of images, heads of q, k and v. Formulas: rows.h.
 #pragma once
 
 #include "rows.h"
@@ -14,6 +14,25 @@ void quantize_rows(const QuantizeRows& t, int64_t first, int64_t last) {
         for (int64_t m = first; m < last; ++m) {
             const Row row = read_row<V>(x + m * t.k * dtype.size, dtype, t.k, t.equalizer, buffer);
             quantize_row<V>(row, t.k, t.out, m);
+        }
+    });
+}
+
+template <class V>
+void quantize_groups(const QuantizeGroups& t, int64_t first, int64_t last) {
+    float* buffer = row_scratch(kGroup);
+    Codes out = {};
+    out.symmetric = true;
+    with_dtype(t.dtype, [&](auto dtype) {
+        for (int64_t m = first; m < last; ++m) {
+            const char* x = static_cast<const char*>(t.x) + m * t.x_stride * dtype.size;
+            out.scale = t.scale + m * t.scale_stride;
+            for (int64_t i = 0; i < t.k; i += kGroup, x += kGroup * dtype.size, ++out.scale) {
+                const int64_t columns = smaller(t.k - i, kGroup);
+                const float* equalizer = t.equalizer == nullptr ? nullptr : t.equalizer + i;
+                out.codes = t.codes + m * t.codes_stride + i;
+                quantize_row<V>(read_row<V>(x, dtype, columns, equalizer, buffer), columns, out, 0);
+            }
         }
     });
 }
@@ -62,25 +81,23 @@ void patchify_rows(const Patchify& t, int64_t first, int64_t last) {
     });
 }
 
-// q or k of one head: a scale per token.
 template <class V, int D>
-void quantize_head_tokens(
-    const char* x, int64_t stride, Dtype<D> dtype, const QkvTask& t, int8_t* codes, float* scale) {
+void quantize_head_tokens(const HeadTask& t, Dtype<D> dtype) {
     float* buffer = row_scratch(t.head_dim);
     Codes out = {};
-    out.codes = codes;
-    out.scale = scale;
+    out.codes = t.codes;
+    out.scale = t.scale;
     out.symmetric = true;
-    for (int64_t s = 0; s < t.tokens; ++s) {
-        quantize_row<V>(read_row<V>(x + s * stride, dtype, t.head_dim, nullptr, buffer), t.head_dim, out, s);
+    const char* x = static_cast<const char*>(t.x);
+    for (int64_t s = 0; s < t.tokens; ++s, x += t.x_stride * dtype.size) {
+        quantize_row<V>(read_row<V>(x, dtype, t.head_dim, nullptr, buffer), t.head_dim, out, s);
     }
 }
 
-// v of one head: a scale per channel over the tokens.
 template <class V, int D>
-void quantize_head_channels(
-    const char* x, int64_t stride, Dtype<D> dtype, const QkvTask& t, int8_t* codes, float* scale) {
-    const int64_t d = t.head_dim;
+void quantize_head_channels(const HeadTask& t, Dtype<D> dtype) {
+    const int64_t d = t.head_dim, stride = t.x_stride * dtype.size;
+    const char* x = static_cast<const char*>(t.x);
     float* scales = row_scratch(d, 2);
     int32_t* largest = reinterpret_cast<int32_t*>(scales + padded_length(d));
     std::memset(largest, 0, static_cast<size_t>(padded_length(d)) * sizeof(int32_t));
@@ -91,27 +108,24 @@ void quantize_head_channels(
         });
     }
     for (int64_t i = 0; i < d; ++i) {
-        scale[i] = scales[i] = largest[i] < kInfinityBits ? symmetric_scale(from_bits(largest[i])) : NAN;
+        t.scale[i] = scales[i] = largest[i] < kInfinityBits ? symmetric_scale(from_bits(largest[i])) : NAN;
     }
     for (int64_t s = 0; s < t.tokens; ++s) {
         for_vectors<V>(d, [&](int64_t i, auto extent) {
             const typename V::F v = load_as<V>(x + s * stride, i, dtype, extent);
-            store_codes<V>(codes + s * d + i, to_codes<V>(v, V::load(scales + i)), extent);
+            store_codes<V>(t.codes + s * d + i, to_codes<V>(v, V::load(scales + i)), extent);
         });
     }
 }
 
 template <class V>
-void quantize_qkv_head(const QkvTask& t, int64_t batch, int64_t head) {
+void quantize_head(const HeadTask& t) {
     with_dtype(t.dtype, [&](auto dtype) {
-        const int64_t d = t.head_dim, width = t.heads * d, bh = batch * t.heads + head;
-        const int64_t stride = 3 * width * dtype.size, codes = bh * t.tokens * d, scales = bh * t.tokens;
-        const char* q = static_cast<const char*>(t.qkv) + batch * t.tokens * stride + head * d * dtype.size;
-        const char* k = q + width * dtype.size;
-        const char* v = k + width * dtype.size;
-        quantize_head_tokens<V>(q, stride, dtype, t, t.q + codes, t.q_scale + scales);
-        quantize_head_tokens<V>(k, stride, dtype, t, t.k + codes, t.k_scale + scales);
-        quantize_head_channels<V>(v, stride, dtype, t, t.v + codes, t.v_scale + bh * d);
+        if (t.by_channel) {
+            quantize_head_channels<V>(t, dtype);
+        } else {
+            quantize_head_tokens<V>(t, dtype);
+        }
     });
 }
 

@@ -6,9 +6,19 @@ activations and residuals are read in their own dtype. The number of threads is 
 
 import torch
 
-from vqvit import native, reference
+from vqvit import native
 from vqvit import numerics as nm
-from vqvit.backends.operands import TERM_BITS, contiguous, dtype_code, fp32, int32, native_gemm, pointer, row_major
+from vqvit.backends.operands import (
+    ACTIVATION,
+    TERM_BITS,
+    contiguous,
+    dtype_code,
+    fp32,
+    int32,
+    native_gemm,
+    pointer,
+    row_major,
+)
 from vqvit.native import run
 from vqvit.reference import K_GROUP, PANEL
 
@@ -44,10 +54,16 @@ def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=Fal
 
 
 def quantize_per_group(x, equalizer=None):
-    k = x.shape[-1]
-    groups = nm.groups(x if equalizer is None else x.float() * equalizer)
-    codes, scale, _, _ = _quantize(groups, None, 0.0, None, True, False)
-    return codes.flatten(-2)[..., :k].contiguous(), scale
+    x, equalizer = x.contiguous(), contiguous(equalizer)
+    rows, k = x.shape[:-1], x.shape[-1]
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty((*rows, nm.group_count(k)), dtype=torch.float32)
+    run(
+        native.cpu().vqvit_cpu_quantize_per_group,
+        x.data_ptr(), native.DTYPES[x.dtype], rows.numel(), k, pointer(equalizer), codes.data_ptr(), scale.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return codes, scale
 
 
 def quantize_static(x, scale, equalizer=None, row_sum=False):
@@ -91,11 +107,6 @@ def int8_linear(
     a, a_scale, b, b_scale, bias=None, activation="none", layer_scale=None, residual=None,
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_dtype=torch.float32,
 ):  # fmt: skip
-    if a_scale.dim() == 2:  # no native kernel yet
-        b = unpack_weight(b, b_scale.shape[0], a.shape[1]) if b.dim() == 4 else b
-        return reference.int8_linear(
-            a, a_scale, b, b_scale, bias, activation, layer_scale, residual, out_dtype=out_dtype
-        )
     gemm, operands = _gemm(
         a, a_scale, b, b_scale, bias, activation, layer_scale, residual, a_zero, a_sum, b_zero, b_sum
     )
@@ -111,21 +122,14 @@ def int8_linear_quantize(
     a_zero=None, a_sum=None, b_zero=None, b_sum=None, out_scale=None, symmetric=True, row_sum=False,
     per_group=False,
 ):  # fmt: skip
-    if per_group or a_scale.dim() == 2:
-        zero_points = (a_zero, a_sum, b_zero, b_sum)
-        y = int8_linear(a, a_scale, b, b_scale, bias, activation, None, None, *zero_points)
-        if per_group:
-            return *quantize_per_group(y), int32(y, (), False), int32(y, (), False)
-        codes, scale, zero_point, sums = _quantize(y, out_scale, 0.0, None, symmetric, row_sum)
-        return codes, scale, zero_point, sums
     gemm, operands = _gemm(a, a_scale, b, b_scale, bias, activation, None, None, a_zero, a_sum, b_zero, b_sum)
     m = gemm.m
     codes = a.new_empty((m, gemm.n), dtype=torch.int8)
-    scale = a_scale.new_empty(m)
+    scale = a_scale.new_empty((m, nm.group_count(gemm.n)) if per_group else m)
     zero_point, sums = int32(a, (m,), not symmetric), int32(a, (m,), row_sum)
     run(
         native.cpu().vqvit_cpu_int8_linear_quantize,
-        gemm, pointer(out_scale), symmetric, codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
+        gemm, pointer(out_scale), symmetric, per_group, codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
         sums.data_ptr() if row_sum else None, torch.get_num_threads(),
     )  # fmt: skip
     del operands
@@ -133,9 +137,14 @@ def int8_linear_quantize(
 
 
 def int8_linear_qkv(a, a_scale, b, b_scale, bias, tokens, num_heads, a_zero=None, a_sum=None, b_zero=None, b_sum=None):
-    zero_points = (a_zero, a_sum, b_zero, b_sum)
-    y = int8_linear(a, a_scale, b, b_scale, bias, "none", None, None, *zero_points)
-    return quantize_qkv(y.view(-1, tokens, y.shape[-1]), num_heads)
+    gemm, operands = _gemm(a, a_scale, b, b_scale, bias, "none", None, None, a_zero, a_sum, b_zero, b_sum)
+    outputs = _empty_qkv(a, gemm.m // tokens, num_heads, tokens, gemm.n // (3 * num_heads))
+    run(
+        native.cpu().vqvit_cpu_int8_linear_qkv,
+        gemm, tokens, num_heads, *(t.data_ptr() for t in outputs), torch.get_num_threads(),
+    )  # fmt: skip
+    del operands
+    return outputs
 
 
 def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
@@ -174,14 +183,13 @@ def quantize_qkv(qkv, num_heads):
     qkv = qkv.contiguous()
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
-    codes = [qkv.new_empty((batch, num_heads, tokens, head_dim), dtype=torch.int8) for _ in range(3)]
-    scales = [qkv.new_empty((batch, num_heads, size), dtype=torch.float32) for size in (tokens, tokens, head_dim)]
+    outputs = _empty_qkv(qkv, batch, num_heads, tokens, head_dim)
     run(
         native.cpu().vqvit_cpu_quantize_qkv,
         qkv.data_ptr(), native.DTYPES[qkv.dtype], batch, tokens, num_heads, head_dim,
-        *(t.data_ptr() for t in codes), *(t.data_ptr() for t in scales), torch.get_num_threads(),
+        *(t.data_ptr() for t in outputs), torch.get_num_threads(),
     )  # fmt: skip
-    return *codes, *scales
+    return outputs
 
 
 def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch.float32):
@@ -192,6 +200,36 @@ def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch
         native.cpu().vqvit_cpu_int8_attention,
         *(t.data_ptr() for t in operands), sm_scale * nm.LOG2_E, batch, heads, queries, k.shape[2], width,
         out.data_ptr(), native.DTYPES[out_dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def int8_encoder_block(
+    x, num_heads, sm_scale, norm1_weight, norm1_bias, eps1, norm2_weight, norm2_bias, eps2,
+    qkv, qkv_scale, qkv_bias, attn_out, attn_out_scale, attn_out_bias, fc1, fc1_scale, fc1_bias,
+    fc2, fc2_scale, fc2_bias, layer_scale1=None, layer_scale2=None, activation="gelu",
+    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0,
+):  # fmt: skip
+    x = x.contiguous()
+    batch, tokens, width = x.shape
+    head_dim, hidden = qkv_scale.shape[0] // (3 * num_heads), fc1_scale.shape[0]
+    codes = [b if b.dim() == 4 else pack_weight(b) for b in (qkv, attn_out, fc1, fc2)]
+    floats = (
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias, qkv_scale, qkv_bias, attn_out_scale, attn_out_bias,
+        layer_scale1, fc1_scale, fc1_bias, fc2_scale, fc2_bias, layer_scale2,
+    )  # fmt: skip
+    floats = [fp32(t) for t in floats]
+    operands = [
+        *floats[:4], codes[0], *floats[4:6], codes[1], *floats[6:9], codes[2], *floats[9:11], codes[3], *floats[11:],
+    ]  # fmt: skip
+    block = native.EncoderBlock(
+        *map(pointer, operands), width, num_heads, head_dim, hidden, eps1, eps2, sm_scale * nm.LOG2_E, qkv_delta,
+        attn_out_delta, fc1_delta, ACTIVATION[activation],
+    )  # fmt: skip
+    out = torch.empty_like(x)
+    run(
+        native.cpu().vqvit_cpu_int8_encoder_block,
+        block, x.data_ptr(), native.DTYPES[x.dtype], batch, tokens, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -209,6 +247,12 @@ def unpack_weight(packed, n, k):
     b = packed.new_empty((n, k))
     run(native.cpu().vqvit_cpu_unpack_weight, packed.data_ptr(), n, k, b.data_ptr(), torch.get_num_threads())
     return b
+
+
+def _empty_qkv(like, batch, heads, tokens, head_dim):
+    codes = (like.new_empty((batch, heads, tokens, head_dim), dtype=torch.int8) for _ in range(3))
+    scales = (like.new_empty((batch, heads, size), dtype=torch.float32) for size in (tokens, tokens, head_dim))
+    return *codes, *scales
 
 
 def _quantize(x, static_scale, delta, equalizer, symmetric, row_sum):

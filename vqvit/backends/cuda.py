@@ -6,10 +6,11 @@ VQVIT_CUDA_TWIN=1 the same kernels, compiled for the host, run on CPU tensors: s
 
 import contextlib
 import functools
+import sys
 
 import torch
 
-from vqvit import native
+from vqvit import native, reference
 from vqvit import numerics as nm
 from vqvit.backends.operands import TERM_BITS, contiguous, dtype_code, int32, native_gemm, pointer, row_major
 from vqvit.kernels.devices import CUDA_MIN_CAPABILITY, too_old
@@ -66,7 +67,7 @@ def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=Fal
 def quantize_per_group(x, equalizer=None):
     rows = _rows(x)
     codes = x.new_empty(x.shape, dtype=torch.int8)
-    scale = x.new_empty((*x.shape[:-1], -(-x.shape[-1] // nm.GROUP)), dtype=torch.float32)
+    scale = x.new_empty((*x.shape[:-1], nm.group_count(x.shape[-1])), dtype=torch.float32)
     _call("quantize_per_group", *_matrix(rows), pointer(contiguous(equalizer)), pointer(codes), pointer(scale))
     return codes, scale
 
@@ -158,9 +159,8 @@ def int8_linear_quantize(
         y = int8_linear(a, a_scale, b, b_scale, bias, activation, None, None, *zero_points)
         return _quantize(y, None, 0.0, None, symmetric, row_sum)
     gemm, operands = _gemm(a, a_scale, b, b_scale, bias, None, None, zero_points, activation)
-    groups = (-(-gemm.n // nm.GROUP),) if per_group else ()
     codes = a.new_empty((gemm.m, gemm.n), dtype=torch.int8)
-    scale = a.new_empty((gemm.m, *groups), dtype=torch.float32)
+    scale = a.new_empty((gemm.m, nm.group_count(gemm.n)) if per_group else gemm.m, dtype=torch.float32)
     sums = int32(a, (gemm.m,), row_sum)
     _call(
         "int8_linear_quantize", gemm, pointer(out_scale), pointer(codes), pointer(scale),
@@ -218,10 +218,13 @@ def int8_attention_quantize(q, k, v, q_scale, k_scale, v_scale, sm_scale):
     if k.shape[2] > ATTENTION_CODE_KEYS.get(head_dim, 0):
         return quantize_per_group(int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale).flatten(0, 1))
     codes = q.new_empty((batch * queries, heads * head_dim), dtype=torch.int8)
-    scale = q.new_empty((batch * queries, -(-heads * head_dim // nm.GROUP)), dtype=torch.float32)
+    scale = q.new_empty((batch * queries, nm.group_count(heads * head_dim)), dtype=torch.float32)
     operands, sizes = _attention(q, k, v, q_scale, k_scale, v_scale, sm_scale)
     _call("int8_attention_quantize", *map(pointer, operands), *sizes, pointer(codes), pointer(scale))
     return codes, scale
+
+
+int8_encoder_block = functools.partial(reference.compose_encoder_block, sys.modules[__name__])
 
 
 def _rows(x):

@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from types import ModuleType
 
 import torch
@@ -148,3 +149,6 @@ def quantize_qkv(qkv, num_heads):
 
 def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch.float32):
     return _kernels("attention_s8").int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype)
+
+
+int8_encoder_block = functools.partial(reference.compose_encoder_block, sys.modules[__name__])

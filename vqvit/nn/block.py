@@ -7,12 +7,11 @@ from torch.nn import functional as F
 from vqvit import numerics as nm
 from vqvit import ops
 from vqvit.families import BlockParts
+from vqvit.nn.fused_block import ROLES, run_in_one_call, runs_in_one_call
 from vqvit.nn.leading import REQUEST
 from vqvit.nn.linear import Codes, HalfLinear, QuantLinear
 from vqvit.nn.module import QuantModule
 from vqvit.plan import BlockPlan, LayerPlan
-
-ROLES = ("qkv", "attn_out", "fc1", "fc2")
 
 
 class EncoderBlock(QuantModule):
@@ -64,10 +63,13 @@ class EncoderBlock(QuantModule):
                 f"{self.plan.name}: expected output_attentions=False: int8 attention keeps no probabilities"
             )
         batch, tokens, width = hidden_states.shape
+        queries = self._queries(tokens, kwargs.get(REQUEST, False))
+        if queries == tokens and runs_in_one_call(self):
+            stream = run_in_one_call(self, hidden_states)
+            return (stream,) if self.plan.returns_tuple else stream
         stream = hidden_states.reshape(batch * tokens, width)
         dtype = stream.dtype
         normalized = self._normalize(stream, self.norm1_weight, self.norm1_bias, self.eps1, self.qkv)
-        queries = self._queries(tokens, kwargs.get(REQUEST, False))
         attended = self._attend(normalized, batch, tokens, queries, dtype)
         if queries < tokens:
             stream = hidden_states[:, :queries].reshape(batch * queries, width)

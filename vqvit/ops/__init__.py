@@ -10,6 +10,7 @@ for a wrong dtype and `ValueError` for a wrong shape, device or option, naming w
 """
 
 from vqvit.ops.attention import int8_attention, int8_attention_quantize, int8_linear_qkv, quantize_qkv
+from vqvit.ops.block import int8_encoder_block
 from vqvit.ops.linear import (
     int8_linear,
     int8_linear_compensated,
@@ -37,6 +38,7 @@ __all__ = [
     "add_layernorm_quantize",
     "int8_attention",
     "int8_attention_quantize",
+    "int8_encoder_block",
     "int8_linear",
     "int8_linear_compensated",
     "int8_linear_qkv",

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from vqvit import validation as va
-from vqvit.registry import empty_fp32, empty_int8, empty_qkv, groups, op
+from vqvit.numerics import group_count
+from vqvit.registry import empty_fp32, empty_int8, empty_qkv, op
 
 
 @op("quantize_qkv(Tensor qkv, int num_heads) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -110,7 +111,7 @@ def _(q, k, v, q_scale, k_scale, v_scale, sm_scale):
     shape = va.check_attention("int8_attention_quantize", q, k, v, q_scale, k_scale, v_scale)
     rows, width = shape[0] * shape[2], shape[1] * shape[3]
     va.check(width >= 1, "int8_attention_quantize", "at least one head", tuple(q.shape))
-    return lambda: (empty_int8(q, rows, width), empty_fp32(q, rows, groups(width)))
+    return lambda: (empty_int8(q, rows, width), empty_fp32(q, rows, group_count(width)))
 
 
 def int8_attention_quantize(

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from vqvit import validation as va
+from vqvit.numerics import group_count
 from vqvit.reference import COMPENSATION_TERMS, K_GROUP, PANEL
-from vqvit.registry import empty_fp32, empty_int8, empty_int32, empty_sums, groups, op
+from vqvit.registry import empty_fp32, empty_int8, empty_int32, empty_sums, op
 
 
 @op("int8_mm(Tensor a, Tensor b) -> Tensor")
@@ -89,7 +90,7 @@ def _(
     va.check(plain or not per_group, name, "no out_scale, symmetric codes and no row sums per group", received)
     return lambda: (
         empty_int8(a, m, n),
-        empty_fp32(a, m, groups(n)) if per_group else empty_fp32(a, m),
+        empty_fp32(a, m, group_count(n)) if per_group else empty_fp32(a, m),
         empty_sums(a, (m,), not symmetric),
         empty_sums(a, (m,), row_sum),
     )

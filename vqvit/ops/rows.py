@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from vqvit import validation as va
-from vqvit.registry import empty_fp32, empty_int8, empty_sums, groups, op
+from vqvit.numerics import group_count
+from vqvit.registry import empty_fp32, empty_int8, empty_sums, op
 
 
 @op(
@@ -45,7 +46,7 @@ def quantize_per_token(
 @op("quantize_per_group(Tensor x, Tensor? equalizer=None) -> (Tensor, Tensor)")
 def _(x, equalizer=None):
     va.check_rows("quantize_per_group", x, equalizer)
-    return lambda: (empty_int8(x, *x.shape), empty_fp32(x, *x.shape[:-1], groups(x.shape[-1])))
+    return lambda: (empty_int8(x, *x.shape), empty_fp32(x, *x.shape[:-1], group_count(x.shape[-1])))
 
 
 def quantize_per_group(x: Tensor, equalizer: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,148 @@
+"""A block as one op: used where its configuration is the common one, and then with the bits of its ops one by one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import vqvit
+from vqvit.backends import cpu
+from vqvit.nn import EncoderBlock
+from vqvit.nn import block as block_module
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"cpu backend: {cpu.unavailable()}")
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+
+
+def vit(**fields) -> nn.Module:
+    return transformers.ViTModel(transformers.ViTConfig(**SMALL, intermediate_size=128, **fields))
+
+
+def dinov2(**fields) -> nn.Module:
+    return transformers.Dinov2Model(transformers.Dinov2Config(**SMALL, mlp_ratio=2, layerscale_value=0.3, **fields))
+
+
+MODELS = {
+    "gelu": vit,
+    "gelu_tanh": lambda: vit(hidden_act="gelu_pytorch_tanh"),
+    "quick_gelu": lambda: vit(hidden_act="quick_gelu"),
+    "no_bias": lambda: vit(qkv_bias=False),
+    "layer_scale": dinov2,
+}
+
+OTHERS = {
+    "asymmetric_weight": vqvit.QuantConfig(tiers={"fc1": "int8_asym"}),
+    "asymmetric_input": vqvit.QuantConfig(activations={"fc2": "per_token_asym"}),
+    "grouped": vqvit.QuantConfig(activations={"attn_out": "per_token_group"}),
+    "half": vqvit.QuantConfig(tiers={"qkv": "fp16"}),
+    "float_attention": vqvit.QuantConfig(attention="float"),
+}
+
+
+def quantized(name: str, config: vqvit.QuantConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model whose norms, biases and layer scales are not the constants of initialisation."""
+    built = MODELS[name]().eval().to(dtype)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    vqvit.quantize_(built, config)
+    return built
+
+
+def blocks(model: nn.Module) -> list[EncoderBlock]:
+    return [module for module in model.modules() if isinstance(module, EncoderBlock)]
+
+
+def run(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(images).last_hidden_state
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """The blocks that ran as one op, in order."""
+    seen, original = [], block_module.run_in_one_call
+
+    def counted(block, x):
+        seen.append(block)
+        return original(block, x)
+
+    monkeypatch.setattr(block_module, "run_in_one_call", counted)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_bits_as_its_ops(name, dtype, calls, monkeypatch):
+    model = quantized(name, vqvit.QuantConfig(), dtype)
+    for batch in (1, 3):
+        images = torch.randn(batch, 3, 32, 32).to(dtype)
+        fused = run(model, images)
+        assert calls == blocks(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(block_module, "runs_in_one_call", lambda block: False)
+            assert torch.equal(fused, run(model, images))
+        with vqvit.backend("reference"):
+            calls.clear()
+            assert torch.equal(fused, run(model, images))
+        assert calls == blocks(model)
+        calls.clear()
+
+
+def test_ranges_with_deviations(calls, monkeypatch):
+    model, images = quantized("layer_scale", vqvit.QuantConfig(per_channel=False)), torch.randn(2, 3, 32, 32)
+    plain = run(model, images)
+    for block in blocks(model):
+        for delta, layer in ((0.3, block.qkv), (0.5, block.attn_out), (0.7, block.fc1)):
+            layer.plan = replace(layer.plan, delta=delta)
+    fused = run(model, images)
+    assert calls == 2 * blocks(model) and not torch.equal(fused, plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(block_module, "runs_in_one_call", lambda block: False)
+        assert torch.equal(fused, run(model, images))
+    calls.clear()
+    for block in blocks(model):  # fc1's epilogue quantizes without a deviation
+        block.fc2.plan = replace(block.fc2.plan, delta=0.2)
+    run(model, images)
+    assert calls == []
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_other_configurations_run_op_by_op(config, calls):
+    run(quantized("layer_scale", config), torch.randn(2, 3, 32, 32))
+    assert calls == []
+
+
+def test_an_observed_block_runs_op_by_op(calls):
+    model = quantized("gelu", vqvit.QuantConfig())
+    seen = []
+
+    class Observer:
+        def update(self, x):
+            seen.append(x.shape)
+
+    blocks(model)[1].fc2.observer = Observer()
+    run(model, torch.randn(1, 3, 32, 32))
+    assert calls == blocks(model)[:1] and seen == [(17, 128)]
+
+
+def test_unpacked_weights_run_op_by_op(calls):
+    model, images = quantized("gelu", vqvit.QuantConfig()), torch.randn(1, 3, 32, 32)
+    fused = run(model, images)
+    calls.clear()
+    for block in blocks(model):
+        block.fc1.unpack_()
+    assert torch.equal(run(model, images), fused) and calls == []
+
+
+def test_errors_name_the_operand():
+    model = quantized("gelu", vqvit.QuantConfig())
+    block = blocks(model)[0]
+    with pytest.raises(ValueError, match=r"int8_encoder_block: expected packed qkv of shape .*; got"):
+        block(torch.randn(1, 4, 60))
+    with pytest.raises(TypeError, match="int8_encoder_block: expected x of dtype float32 or float16 or bfloat16"):
+        block(torch.zeros(1, 4, 64, dtype=torch.float64))

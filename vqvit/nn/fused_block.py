@@ -1,0 +1,37 @@
+"""A block of the common configuration as one call: the same bits as its ops one by one, without what lies between."""
+
+from torch import Tensor
+
+from vqvit import ops
+from vqvit.nn.linear import QuantLinear
+
+ROLES = ("qkv", "attn_out", "fc1", "fc2")
+
+
+def runs_in_one_call(block) -> bool:
+    """Whether all linears of an `EncoderBlock` are int8, symmetric, per token and packed (for the CPU kernels), and
+    attention is int8.
+    """
+    if block.plan.attention != "int8" or block.fc2.plan.delta != 0.0:
+        return False
+    return all(_is_common(getattr(block, role)) for role in ROLES)
+
+
+def _is_common(layer) -> bool:
+    if not isinstance(layer, QuantLinear) or layer.observer is not None:
+        return False
+    return layer.plan.activation == "per_token" and layer.plan.tier == "int8" and layer.packed
+
+
+def run_in_one_call(block, x: Tensor) -> Tensor:
+    """The block's result (B, S, D) for x (B, S, D), if `runs_in_one_call`."""
+    weights = [part for role in ROLES for part in _weight(getattr(block, role))]
+    return ops.int8_encoder_block(
+        x, block.num_heads, block.softmax_scale, block.norm1_weight, block.norm1_bias, block.eps1, block.norm2_weight,
+        block.norm2_bias, block.eps2, *weights, block.layer_scale1, block.layer_scale2, block.activation,
+        block.qkv.plan.delta, block.attn_out.plan.delta, block.fc1.plan.delta,
+    )  # fmt: skip
+
+
+def _weight(layer: QuantLinear) -> tuple[Tensor, Tensor, Tensor | None]:
+    return layer.codes, layer.scale, layer.bias

@@ -7,7 +7,7 @@ from vqvit import native, ops
 from vqvit.backends import cpu as backend
 
 
-@pytest.mark.skipif(native.unavailable("cpu") is not None, reason="no native library")
+@pytest.mark.skipif(native.cpu_unavailable() is not None, reason="no native library")
 def test_the_peak_is_above_every_gemm_and_missing_without_products():
     if backend.isa() == "scalar":
         pytest.skip("scalar kernels have no peak")

@@ -131,7 +131,7 @@ def test_peaks_are_measured(monkeypatch):
     monkeypatch.setattr(profiling, "MATRIX", {torch.float32: 32})
     measured = profiling.measure_peaks([torch.float32])
     assert measured.gops["float32"] > 0 and set(measured.copy_gbs) == {2**16, 2**18}
-    has_int8 = native.unavailable("cpu") is None and native.cpu_isa() != "scalar"
+    has_int8 = native.cpu_unavailable() is None and native.cpu_isa() != "scalar"
     assert ("int8" in measured.gops) == has_int8
 
 

@@ -51,7 +51,8 @@ def test_no_kernel_spills_serialises_or_rounds_inexactly(rows):
         ("80", "gemm_kernel", "IMMA.16832"),
         ("80", "grouped_gemm_kernel", "IMMA.16832"),
         ("80", "compensated_gemm_kernel", "IMMA.16832"),
-        ("80", "attention_kernel", "IMMA.16832"),
+        ("80", "attention_resident_kernel", "IMMA.16832"),
+        ("80", "attention_streaming_kernel", "IMMA.16832"),
         ("90a", "wgmma_kernel", "IGMMA.64x128x32"),
     ],
 )

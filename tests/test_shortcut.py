@@ -425,4 +425,5 @@ def test_exported(images):
         for node in program.graph.nodes
         if str(node.target).startswith("vqvit.int8_linear.") and node.meta["val"].shape[-1] == 64
     }
-    assert rows == {3 * 16, 3 * 17, 3}  # patches, tokens, and the last block's CLS tokens
+    whole_blocks = any("int8_encoder_block" in str(node.target) for node in program.graph.nodes)  # on CPU kernels
+    assert rows == {3 * 16, 3} | (set() if whole_blocks else {3 * 17})  # patches, the last block's CLS tokens, all

@@ -9,8 +9,8 @@ ROLES = ("qkv", "attn_out", "fc1", "fc2")
 
 
 def runs_in_one_call(block) -> bool:
-    """Whether all linears of an `EncoderBlock` are int8, symmetric, per token and packed (for the CPU kernels), and
-    attention is int8.
+    """Whether all linears of an `EncoderBlock` are int8, symmetric, per token and packed (for the CPU kernels) with no
+    hook that watches them, and attention is int8.
     """
     if block.plan.attention != "int8" or block.fc2.plan.delta != 0.0:
         return False
@@ -19,6 +19,8 @@ def runs_in_one_call(block) -> bool:
 
 def _is_common(layer) -> bool:
     if not isinstance(layer, QuantLinear) or layer.observer is not None:
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks:
         return False
     return layer.plan.activation == "per_token" and layer.plan.tier == "int8" and layer.packed
 

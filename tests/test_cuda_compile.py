@@ -33,7 +33,7 @@ def rows(tmp_path_factory) -> list[dict]:
                 gates[table] = subprocess.Popen([*command, "--csv", table], stdout=log, stderr=subprocess.STDOUT)
     found = []
     for table, gate in gates.items():
-        status = gate.wait(timeout=600)
+        status = gate.wait(timeout=1800)
         log = table.with_suffix(".log").read_text()
         assert status in (0, 1) and "Traceback" not in log, log[-3000:]
         with open(table, newline="") as file:

@@ -33,7 +33,7 @@ def tables(tmp_path_factory) -> dict[int, list[dict]]:
             )
     rows = {}
     for arch, gate in gates.items():
-        status = gate.wait(timeout=600)
+        status = gate.wait(timeout=1800)
         log = (folder / f"{arch}.log").read_text()
         assert status in (0, 1) and "Traceback" not in log, log[-3000:]
         with open(folder / f"{arch}.csv", newline="") as file:

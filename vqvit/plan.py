@@ -27,6 +27,15 @@ CLS_ONLY = ("auto", "on", "off")
 
 HALF_DTYPES = ("bfloat16", "float16")
 
+WEIGHT_BITS = (8, 4, 3)
+"""Bits in which a weight is stored; below 8 each group of 128 input columns has a step of its own. All run as int8."""
+
+COMPENSATIONS = ("none", "paper", "activation", "weight", "full")
+"""Terms of the residual codes that are added to the product (numerics §6)."""
+
+ATTENTION_SCALES = ("dynamic", "static")
+"""Scales of q, k and v: from each token's range, or learned once for each head (numerics §7)."""
+
 ROLES = ("patch_embed", "qkv", "attn_out", "fc1", "fc2", "head", "linear")
 
 
@@ -34,9 +43,9 @@ class PlanError(ValueError):
     """A plan or configuration that is malformed or does not fit the model."""
 
 
-def _one_of(what: str, value: object, choices: tuple[str, ...]) -> None:
+def _one_of(what: str, value: object, choices: tuple) -> None:
     if value not in choices:
-        raise PlanError(f"{what}: expected one of {', '.join(choices)}; got {value!r}")
+        raise PlanError(f"{what}: expected one of {', '.join(map(str, choices))}; got {value!r}")
 
 
 def _build(cls: type, fields: object, what: str):
@@ -69,6 +78,9 @@ class LayerPlan:
         activation: one of `ACTIVATIONS`.
         delta: weight of the standard deviation in the per-token activation range (numerics §3).
         equalize: move per-channel input ranges into the weight where that is free (numerics §3).
+        bits: one of `WEIGHT_BITS`.
+        compensation: one of `COMPENSATIONS`.
+        mu: factor of the last term of the compensation.
     """
 
     name: str
@@ -79,12 +91,17 @@ class LayerPlan:
     activation: str = "per_token"
     delta: float = 0.0
     equalize: bool = True
+    bits: int = 8
+    compensation: str = "none"
+    mu: float = 1.0
 
     def __post_init__(self):
         _one_of(f"role of {self.name}", self.role, ROLES)
         _one_of(f"tier of {self.name}", self.tier, TIERS)
         _one_of(f"activation of {self.name}", self.activation, ACTIVATIONS)
-        for option in ("beta", "delta"):
+        _one_of(f"bits of {self.name}", self.bits, WEIGHT_BITS)
+        _one_of(f"compensation of {self.name}", self.compensation, COMPENSATIONS)
+        for option in ("beta", "delta", "mu"):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise PlanError(f"{option} of {self.name}: expected a number; got {value!r}")
@@ -100,6 +117,7 @@ class BlockPlan:
     Attributes:
         name: its path in the model.
         attention: one of `ATTENTION`.
+        attention_scales: one of `ATTENTION_SCALES`.
         returns_tuple: whether it returns tuples.
         leading_tokens: the tokens that the model's result depends on, where that is proved (`vqvit.shortcut`): calls of
             the whole model compute no others behind the keys and values. None computes all.
@@ -109,9 +127,11 @@ class BlockPlan:
     attention: str = "int8"
     returns_tuple: bool = False
     leading_tokens: int | None = None
+    attention_scales: str = "dynamic"
 
     def __post_init__(self):
         _one_of(f"attention of {self.name}", self.attention, ATTENTION)
+        _one_of(f"attention_scales of {self.name}", self.attention_scales, ATTENTION_SCALES)
         n = self.leading_tokens
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
             raise PlanError(f"leading_tokens of {self.name}: expected a positive integer or null; got {n!r}")

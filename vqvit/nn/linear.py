@@ -70,6 +70,21 @@ class QuantLinear(QuantModule):
         if self.packed:
             self.codes = ops.unpack_weight(self.codes, self.out_features, self.in_features)
 
+    def assign_(self, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        """Put other symmetric weights in place: codes int8 (N, K), scale fp32 (N,), and a bias (N,) if given."""
+        shape = (self.out_features, self.in_features)
+        if self.zero_point is not None or codes.shape != shape or codes.dtype != torch.int8 or scale.shape != shape[:1]:
+            received = f"codes {tuple(codes.shape)} {codes.dtype}, scale {tuple(scale.shape)}, tier {self.plan.tier}"
+            raise ValueError(f"{self.plan.name}: expected codes {shape} int8, scale {shape[:1]}, int8; got {received}")
+        repack = self.packed
+        self.codes, self.scale = codes.to(self.scale.device), scale.to(self.scale)
+        if self.code_sum is not None:
+            self.code_sum = self.codes.sum(-1, dtype=torch.int32)
+        if bias is not None:
+            self.bias = bias.to(self.scale.device, self.dtype if self.bias is None else self.bias.dtype)
+        if repack:
+            self.pack_()
+
     def require_input_scale(self) -> Tensor | None:
         """The static input scale, None for dynamic activations. Raises `UncalibratedError`."""
         if self.plan.activation == "static" and self.input_scale is None:

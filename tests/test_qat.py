@@ -1,6 +1,7 @@
 """Training modules compute on the codes of the integer modules, and freeze into them."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from vqvit import ops, qat
 from vqvit.nn import HalfLinear, QuantLinear
 from vqvit.nn.linear import UncalibratedError
 from vqvit.nn.patch_embed import cut_patches
-from vqvit.plan import PlanError, QuantConfig
+from vqvit.plan import Plan, PlanError, QuantConfig
 from vqvit.rewriter import make_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,9 +75,9 @@ def set_blend(model: nn.Module, blend: float) -> None:
         layer.blend = blend
 
 
-def prepared(model: nn.Module, config: QuantConfig, images: torch.Tensor, **options) -> nn.Module:
-    qat.prepare_(model, make_plan(model, config)[0], [images], qat.QatOptions(**options))
-    return model
+def prepared(model: nn.Module, config: QuantConfig | Plan, images: torch.Tensor, **options) -> None:
+    plan = config if isinstance(config, Plan) else make_plan(model, config)[0]
+    qat.prepare_(model, plan, [images], qat.QatOptions(**options))
 
 
 class Recorder:
@@ -147,6 +148,19 @@ def test_codes_are_those_of_the_integer_modules(model, images, config, learn):
     for name, fake in fakes.items():
         if isinstance(layer := model.get_submodule(name), HalfLinear):
             assert torch.equal(fake.quantize_weight().codes, layer.half_weight)
+
+
+def test_spread_terms_of_the_plan_are_kept(model, images):
+    """δ of fc2 too, which has none by default."""
+    plan, _ = make_plan(model, QuantConfig())
+    layers = [dataclasses.replace(p, delta=0.3, beta=-0.2) for p in plan.layers]
+    prepared(model, dataclasses.replace(plan, layers=tuple(layers)), images)
+    fakes = qat.fake_layers(copy.deepcopy(model))
+    assert fakes["vit.layers.0.fc2"].delta.item() == pytest.approx(0.3)
+    qat.freeze_(model)
+    for name, x in integer_inputs(model, images).items():
+        if model.get_submodule(name).plan.role != "patch_embed":
+            assert torch.equal(fakes[name].quantize_input(x).codes, model.get_submodule(name).quantize_input(x).codes)
 
 
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

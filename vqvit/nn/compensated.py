@@ -6,7 +6,7 @@ from torch import Tensor
 from vqvit import numerics as nm
 from vqvit import ops, reference
 from vqvit.nn.linear import Codes, QuantLinear
-from vqvit.nn.patch_embed import cut_patches, hold_equalizer
+from vqvit.nn.patch_embed import cut_patches, hold_equalizer, unfactorized
 from vqvit.plan import LayerPlan
 from vqvit.reference import COMPENSATION_TERMS
 
@@ -79,3 +79,6 @@ class CompensatedPatchEmbed(CompensatedLinear):
         rows = cut_patches(self.plan.name, pixels, self.channels, self.patch)
         rows = rows if self.equalizer is None else rows.float() * self.equalizer
         return super().forward(rows, out_dtype=pixels.dtype).permute(0, 3, 1, 2)
+
+    def float_weight(self) -> Tensor:
+        return unfactorized(super().float_weight(), self.equalizer)

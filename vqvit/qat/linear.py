@@ -56,14 +56,15 @@ class FakeQuantLinear(nn.Module):
         self.base_plan = plan
         quantized, symmetric = plan.tier != "fp16", plan.tier == "int8"
         like = {"dtype": torch.float32, "device": self.weight.device}
-        spread = symmetric and self.options.learn == "beta"
-        self.beta = nn.Parameter(torch.tensor(plan.beta, **like)) if spread else None
+        by_beta = self.options.learn == "beta"
+        self.beta = nn.Parameter(torch.tensor(plan.beta, **like)) if symmetric and by_beta else None
         self.log_alpha = None
-        if symmetric and not spread:
+        if symmetric and not by_beta:
             scale = nm.weight_scale(self.weight.detach(), plan.beta, plan.per_channel)
             self.log_alpha = nn.Parameter(st.log_scale(scale if plan.per_channel else scale[:1]))
-        per_token = quantized and plan.activation == "per_token" and plan.role in self.options.delta_roles
-        self.delta = nn.Parameter(torch.tensor(plan.delta, **like)) if per_token else None
+        spread = plan.delta != 0.0 or plan.role in self.options.delta_roles
+        per_token = quantized and self.activation == "per_token" and plan.role != "patch_embed"  # whose op has no δ
+        self.delta = nn.Parameter(torch.tensor(plan.delta, **like)) if per_token and spread else None
         static = quantized and self.activation == "static"
         kept = static and getattr(self, "log_input_alpha", None) is not None
         if not kept:

@@ -49,7 +49,7 @@ def prepare_(
         return
     try:
         calibrate(model, calibration)
-    except (ValueError, RuntimeError, TypeError):
+    except (ValueError, RuntimeError, TypeError, KeyboardInterrupt):
         unprepare_(model)
         raise
 

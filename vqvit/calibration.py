@@ -80,7 +80,8 @@ def quantize_(
     static = [layer.name for layer in plan.layers if layer.activation == "static" and layer.tier != "fp16"]
     heads = [block.name for block in plan.blocks if block.attention_scales == "static"]
     patches = [layer.name for layer in plan.layers if layer.factorized]
-    batches = _read_calibration(calibration, static + heads + patches)
+    needed = {"static activation": static, "static attention": heads, "factorised patch": patches}
+    batches = _read_calibration(calibration, needed)
     example = served or next(iter(batches), None)
     if isinstance(config, Plan):
         cls_only = shortcut.check_shortcut(model, plan, example)
@@ -118,12 +119,13 @@ def _read_sample(min_speedup: float | None, sample: object) -> Batch | None:
     return read_batch(sample)
 
 
-def _read_calibration(calibration: Iterable | None, static: list[str]) -> list[Batch]:
-    if calibration is None and static:
-        raise CalibrationError(
-            f"calibration: expected batches for the static or factorised scales of {len(static)} layers or blocks "
-            f"({static[0]}, ...); got calibration=None"
-        )
+def _read_calibration(calibration: Iterable | None, needed: dict[str, list[str]]) -> list[Batch]:
+    for kind, names in needed.items():
+        if calibration is None and names:
+            raise CalibrationError(
+                f"calibration: expected batches for the {kind} scales of {len(names)} layers "
+                f"({names[0]}, ...); got calibration=None"
+            )
     if calibration is None:
         return []
     try:

@@ -273,6 +273,27 @@ def test_a_snapshot_is_a_plan_and_a_state(model, images, config):
 
 
 @pytest.mark.parametrize("config", ["default", "static_everything", "compensated"])
+def test_snapshots_load_into_the_model_they_are_of(model, images, config):
+    prepared(model, CONFIGS[config], images)
+    perturb(model)
+    plan, want = qat.plan_of(model), logits(model, images)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in qat.fake_layers(model):
+        qat.retier_(model, name, "fp16")
+    perturb(model)
+    other, trained = qat.plan_of(model), logits(model, images)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        qat.load_snapshot_(model, plan, {**state, "more": torch.zeros(1)})
+    assert qat.plan_of(model) == other
+    assert torch.equal(logits(model, images), trained)
+    with pytest.raises(PlanError, match="expected a plan of 10 layers"):
+        qat.load_snapshot_(model, dataclasses.replace(plan, layers=plan.layers[1:]), state)
+    qat.load_snapshot_(model, plan, state)
+    assert qat.plan_of(model) == plan
+    assert torch.equal(logits(model, images), want)
+
+
+@pytest.mark.parametrize("config", ["default", "static_everything", "compensated"])
 def test_saved_models_keep_what_was_learned(model, images, config, tmp_path):
     prepared(model, CONFIGS[config], images)
     perturb(model)

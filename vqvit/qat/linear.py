@@ -211,9 +211,6 @@ class FakeQuantLinear(nn.Module):
         acc = st.code_product(quantize_residual(x, a.codes, a.scale), self.weight_residual(b))
         return acc.float() / nm.RESIDUAL_STEPS**2 * (a.scale[:, None] * b.scale)
 
-    def unfold_(self) -> None:
-        """Only a patch embedding has a factor in its weight."""
-
     def weight_residual(self, weight: Fake) -> Tensor:
         """int8 (N, K): what the symmetric codes of the weight leave over, in units of α / 254 (numerics §6)."""
         return quantize_residual(self.weight.detach(), weight.codes, weight.scale.detach())
@@ -238,7 +235,17 @@ class FakePatchEmbed(FakeQuantLinear):
         """`weight` is the convolution's (N, C, ph, pw)."""
         super().__init__(plan, weight.flatten(1), bias, half, options)
         self.channels, self.patch = weight.shape[1], tuple(weight.shape[2:])
-        self.register_buffer("equalizer", torch.ones_like(self.weight[0].detach()) if plan.factorized else None)
+
+    @torch.no_grad()
+    def adopt_(self, plan: LayerPlan) -> None:
+        """As for every layer; a plan that is not factorised gives the weight back what `factorize_` moved into it."""
+        equalizer = getattr(self, "equalizer", None)
+        if equalizer is not None and not plan.factorized:
+            self.weight.mul_(equalizer)
+        if equalizer is None or not plan.factorized:
+            equalizer = torch.ones_like(self.weight[0]) if plan.factorized else None
+        self.register_buffer("equalizer", equalizer)
+        super().adopt_(plan)
 
     @property
     def activation(self) -> str:
@@ -254,10 +261,3 @@ class FakePatchEmbed(FakeQuantLinear):
         """Divide the patches by c_k (K,) and multiply the weight's columns by it (numerics §8)."""
         self.weight.mul_(factors)
         self.equalizer = self.equalizer / factors
-
-    @torch.no_grad()
-    def unfold_(self) -> None:
-        """Give the weight back what `factorize_` moved into it."""
-        if self.equalizer is not None:
-            self.weight.mul_(self.equalizer)
-            self.equalizer = None

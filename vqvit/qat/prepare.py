@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vqvit.plan import Plan, PlanError
 from vqvit.qat.attention import FakeAttention
@@ -103,8 +103,29 @@ def retier_(model: nn.Module, layer_name: str, tier: str) -> None:
     compensation = plan.compensation if tier == "int8" else "none"
     factorized = plan.factorized and tier != "fp16"
     layer.adopt_(dataclasses.replace(plan, tier=tier, compensation=compensation, factorized=factorized))
-    if plan.factorized and not factorized:
-        layer.unfold_()
+
+
+def load_snapshot_(model: nn.Module, plan: Plan, state: dict[str, Tensor]) -> None:
+    """Take a prepared model back to a plan of its own, with the state dict that it had then.
+
+    Raises `PlanError` for a plan of other layers, `RuntimeError` for a state dict of another plan. After an error the
+    model is as it was.
+    """
+    layers, before = fake_layers(model), plan_of(model)
+    if [p.name for p in plan.layers] != [p.name for p in before.layers]:
+        raise PlanError(f"load_snapshot_: expected a plan of {len(layers)} layers of this model; got another model's")
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        _load(model, layers, plan, state)
+    except RuntimeError:
+        _load(model, layers, before, saved)
+        raise
+
+
+def _load(model: nn.Module, layers: dict[str, FakeQuantLinear], plan: Plan, state: dict[str, Tensor]) -> None:
+    for planned in plan.layers:
+        layers[planned.name].adopt_(planned)
+    model.load_state_dict(state)
 
 
 def _require_float(model: nn.Module) -> None:

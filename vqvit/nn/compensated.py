@@ -34,6 +34,16 @@ class CompensatedLinear(QuantLinear):
     def pack_(self) -> None:
         """The kernels of this product read plain weights."""
 
+    def assign_(
+        self, codes: Tensor, scale: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, **others
+    ) -> None:
+        """As `QuantLinear.assign_`, with the residual codes int8 (N, K) of the new codes where the layer has some."""
+        if (residual is None) != (self.residual is None):
+            expected = "no residual codes" if self.residual is None else "the residual codes of the new codes"
+            raise ValueError(f"{self.plan.name}: expected {expected} with {self.plan.compensation} compensation")
+        super().assign_(codes, scale, bias, **others)
+        self.residual = residual
+
     def forward(self, x: Tensor | Codes, activation="none", layer_scale=None, residual=None, out_dtype=None) -> Tensor:
         if isinstance(x, Codes):
             return self._compensated(x, None, activation, layer_scale, residual, out_dtype or self.dtype)

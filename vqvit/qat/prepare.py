@@ -16,7 +16,11 @@ from vqvit.rewriter import match, quantized_modules, replacement_class, swap
 
 
 def prepare_(
-    model: nn.Module, plan: Plan, calibration: Iterable | None = None, options: QatOptions | None = None
+    model: nn.Module,
+    plan: Plan,
+    calibration: Iterable | None = None,
+    options: QatOptions | None = None,
+    progress: bool = False,
 ) -> None:
     """Replace the planned blocks and layers of a float32 model, in place, by trainable ones that compute on codes.
 
@@ -26,6 +30,7 @@ def prepare_(
             weight scales by the error of the layer's output (numerics §2). Without them weight scales start from the
             plan's β, and static scales must come from a state dict before the model runs.
         options: what is learned.
+        progress: show progress bars on stderr.
 
     Raises `PlanError` for a plan that does not fit the model or has no training form, `CalibrationError` for unusable
     data. After an error the model is as it was.
@@ -48,7 +53,7 @@ def prepare_(
     if calibration is None:
         return
     try:
-        calibrate(model, calibration)
+        calibrate(model, calibration, progress)
     except (ValueError, RuntimeError, TypeError, KeyboardInterrupt):
         unprepare_(model)
         raise

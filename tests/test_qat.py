@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import transformers
+from test_model import FAMILIES, output
 from torch import nn
 from torch.nn import functional as F
 
@@ -195,6 +196,21 @@ def test_frozen_model_stays_within_quantization_error(model, images, config):
     report = qat.freeze_(model)
     assert report.plan == vqvit.rewriter.plan_of(model)
     assert relative_error(logits(model, images), trained) < 2 * relative_error(trained, exact)
+
+
+@pytest.mark.parametrize("family", ["deit", "dinov2"])
+def test_other_families(family):
+    """Two heads on two tokens; layer scales and a backbone without a head."""
+    model = FAMILIES[family]().eval()
+    images = torch.randn(2, 3, 32, 32)
+    exact = output(model, images)
+    prepared(model, QuantConfig(), images)
+    trained = output(model, images)
+    assert len(model(images, output_hidden_states=True).hidden_states) == 3
+    gradients = torch.autograd.grad(model(images)[0].square().sum(), qat_parameters(model))
+    assert all(g.isfinite().all() for g in gradients)
+    qat.freeze_(model)
+    assert relative_error(output(model, images), trained) < 2 * relative_error(trained, exact)
 
 
 def test_beta_form_starts_from_post_training_quantization(model, images):

@@ -70,13 +70,81 @@ def main() -> None:
     labels = labels_of(test)
     measured = [{"key": row.key, "row": row.title, **scores(logits[row.key], logits["fp32"], labels)} for row in rows]
     folders = {row.key: cache.prepared(row) for row in rows}
-    add_sizes(measured, folders, cache.folder)
     first = next(iter(test))[0]
-    if arguments.seconds > 0:
-        for batch in map(int, arguments.batch.split(",")):
-            add_latency(measured, folders, first[:batch], arguments)
+    add_sizes(measured, folders, cache.folder, first[:1], arguments.device)
+    for batch in map(int, arguments.batch.split(",")) if arguments.seconds > 0 else ():
+        add_latency(measured, folders, first[:batch], arguments.seconds, arguments.device)
     for entry in measured:
         append_csv(RESULTS, {"model": Path(arguments.model).name, **entry, **provenance_row(arguments.device)})
     document = page(measured, folders, arguments)
     report.write(document, arguments.cache)
     print(report.to_text(document))
+
+
+class TrainingImages:
+    """Disjoint parts of TRAIN: calibration and tuning at even steps through what MODEL was trained on, checking at even
+    steps through what was held out from it.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, transform):
+        self.path, self.transform = arguments.train, transform
+        total = data.open_images(self.path, transform).images
+        seen = range(total - arguments.held_out)
+        count = CALIBRATION_IMAGES + arguments.tune_images
+        if len(seen) < count or arguments.held_out < arguments.check_images:
+            raise ValueError(
+                f"{self.path}: expected at least {count} images and {arguments.check_images} held out; "
+                f"got {total}, {arguments.held_out} of them held out"
+            )
+        chosen = [seen[i * len(seen) // count] for i in range(count)]
+        step = count / CALIBRATION_IMAGES
+        calibration = {chosen[int(i * step)] for i in range(CALIBRATION_IMAGES)}
+        held_out = range(total - arguments.held_out, total)
+        self.parts = {
+            "calibration": sorted(calibration),
+            "tune": [index for index in chosen if index not in calibration],
+            "check": [held_out[i * len(held_out) // arguments.check_images] for i in range(arguments.check_images)],
+        }
+
+    def batches(self, part: str) -> data.ImageBatches:
+        return data.open_images(self.path, self.transform, 32, indices=self.parts[part])
+
+
+def scores(logits: Tensor, reference: Tensor, labels: Tensor) -> dict:
+    """Accuracy with its 95 % interval, change in points and its paired test, agreement, SQNR."""
+    right, reference_right = logits.argmax(-1) == labels, reference.argmax(-1) == labels
+    low, high = wilson_interval(int(right.sum()), len(labels))
+    noise = (logits - reference).double().square().sum().item()
+    return {
+        "images": len(labels),
+        "top1": 100 * right.float().mean().item(),
+        "top1_low": 100 * low,
+        "top1_high": 100 * high,
+        "change_points": 100 * (right.float().mean() - reference_right.float().mean()).item(),
+        "p_value": mcnemar(right, reference_right),
+        "agreement": 100 * (logits.argmax(-1) == reference.argmax(-1)).float().mean().item(),
+        "sqnr_db": 10 * math.log10(reference.double().square().sum().item() / noise) if noise else None,
+    }
+
+
+def add_sizes(measured: list[dict], folders: dict[str, Path], scratch: Path, image: Tensor, device: str) -> None:
+    """Bytes on disk and peak memory at batch 1, in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        inputs = Path(folder) / "inputs.safetensors"
+        save_file({"pixel_values": image.contiguous()}, inputs)
+        for entry in measured:
+            used = memory.measure(folders[entry["key"]], inputs, batch_size=1, device=device)
+            entry |= {"size_mb": engines.folder_bytes(folders[entry["key"]]) / 1e6, "peak_mib": used.peak}
+    for entry in measured:
+        entry["size_ratio"] = measured[0]["size_mb"] / entry["size_mb"]
+
+
+def add_latency(measured: list[dict], folders: dict[str, Path], images: Tensor, seconds: float, device: str) -> None:
+    """Interleaved medians of all rows."""
+    models = {key: engines.open_model(folder, device) for key, folder in folders.items()}
+    calls = {key: engines.timed_call(model, images) for key, model in models.items()}
+    for entry in measured:
+        entry |= {f"b{len(images)}_{name}": None for name in ("median_ms", "p20_ms", "p80_ms")}
+    for key, latency in interleaved(calls, seconds, device, f"latency at batch {len(images)}").items():
+        entry = next(entry for entry in measured if entry["key"] == key)
+        entry |= {f"b{len(images)}_{name}": getattr(latency, name) for name in ("median_ms", "p20_ms", "p80_ms")}

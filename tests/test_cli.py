@@ -43,10 +43,10 @@ def float_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """A folder with two images for each of three classes."""
+    """A folder with three images for each of three classes."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    for index in range(6):
+    for index in range(9):
         path = folder / f"class{index % CLASSES}" / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
@@ -83,7 +83,7 @@ def test_quantize_options(capsys, float_folder, images, tmp_path):
     config.write_text(json.dumps({"attention": "float", "tiers": {"fc1": "int8_asym"}}))
     status, result, _ = run(
         capsys, "quantize", float_folder, str(tmp_path / "out"), "--config", str(config), "--set", "head=skip",
-        "--set", "*.0.fc2=fp16", "--activation", "static", "--calibration", images, "--images", "4",
+        "--set", "*.0.fc2=fp16", "--activation", "static", "--calibration", images, "--images", "8",
     )  # fmt: skip
     assert status == 0
     by_role = {(layer["role"], layer["tier"]) for layer in result["plan"]["layers"]}
@@ -143,7 +143,7 @@ def test_quantize_keeps_the_image_processor(float_folder, tmp_path):
 
 def test_eval(capsys, float_folder, quantized_folder, images):
     status, scores, _ = run(capsys, "eval", quantized_folder, "--data", images, "--reference", float_folder)
-    assert status == 0 and scores["images"] == 6
+    assert status == 0 and scores["images"] == 9
     assert 0 <= scores["top1"] <= 1 and scores["cosine_mean"] > 0.98 and scores["sqnr_db"] > 15
     status, scores, _ = run(capsys, "eval", float_folder, "--data", images, "--no-labels", "--reference", float_folder)
     assert status == 0 and scores["top1"] is None and scores["sqnr_db"] == "inf"

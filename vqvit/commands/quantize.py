@@ -28,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tier of one role or of layers whose name matches a pattern; may be repeated; skip leaves them float",
     )
     parser.add_argument("--activation", help="activation scales: per_token, per_token_asym or static")
+    parser.add_argument("--observer", help="static ranges: ema, max, percentile, percentile:P, mse or output_error")
+    parser.add_argument(
+        "--calibration-state", metavar="FILE", help="keep an interrupted calibration here, and go on from it"
+    )
     parser.add_argument("--attention", help="int8 or float")
     parser.add_argument(
         "--cls-only", help="skip what the head does not read in the last block: auto (where proved), on (or fail), off"
@@ -61,8 +65,9 @@ def run(arguments: argparse.Namespace) -> dict:
         sample = common.random_images(model, arguments.source, arguments.serve_batch, arguments.image_size)
         sample = sample.to(next(model.parameters()).dtype)
     report = calibration.quantize_(
-        model, config, batches, progress=True, min_speedup=arguments.min_speedup, sample=sample
-    )
+        model, config, batches, progress=True, min_speedup=arguments.min_speedup, sample=sample,
+        calibration_state=arguments.calibration_state,
+    )  # fmt: skip
     if not report.plan.layers:
         raise ValueError(f"--min-speedup {arguments.min_speedup:g}: nothing stays in int8\n{report}")
     checkpoint.save(model, arguments.output)
@@ -93,7 +98,7 @@ def _configuration(arguments: argparse.Namespace):
     """The `QuantConfig`, or the `Plan`, that file and options ask for."""
     from vqvit.plan import Plan, PlanError, QuantConfig
 
-    names = ("tier", "activation", "attention", "half_dtype", "cls_only")
+    names = ("tier", "activation", "attention", "half_dtype", "cls_only", "observer")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     tiers = {}
     for setting in arguments.set:

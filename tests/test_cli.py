@@ -302,6 +302,8 @@ def test_demo(capsys, tmp_path):
 def test_text_of_every_command_is_for_people(capsys, command, float_folder, quantized_folder, images, tmp_path):
     argv = {
         "quantize": [float_folder, str(tmp_path / "out")],
+        "sensitivity": [float_folder, "--data", images, "--damage", "none"],
+        "plan": ["diff", quantized_folder, quantized_folder],
         "eval": [quantized_folder, "--data", images],
         "bench": [quantized_folder, "--batch", "1", "--seconds", "0.05"],
         "tune": [quantized_folder, "--predict", "a100", "--batch", "1", "--output", str(tmp_path / "table.json")],

@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "_build"},
-    {"reference", "evaluate", "validation", "native", "observers"},
+    {"reference", "evaluate", "validation", "native", "observers", "scores"},
     {"backends", "calibration_state"},
     {"registry"},
     {"provenance"},
     {"ops"},
     {"nn"},
-    {"rewriter"},
+    {"rewriter", "targets"},
     {"guard", "shortcut"},
     {"calibration", "hf", "sensitivity"},
     {"budget", "checkpoint"},

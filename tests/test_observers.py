@@ -182,13 +182,34 @@ def test_output_error_minimises_the_error_it_names():
     assert error(clip) == pytest.approx(best, rel=1e-5)
 
 
-def test_reservoir_is_a_sample_of_all_rows():
+def test_reservoir_holds_the_peaks_and_a_sample_of_the_others():
+    """Rows 0 to 1999 in any order: the 128 largest, and others whose mean is that of the rest."""
     observer = make_observer("layer", "output_error")
-    for batch in torch.arange(2000.0).view(20, 100, 1):
+    values = torch.randperm(2000, generator=torch.Generator().manual_seed(3)).float()
+    for batch in values.view(20, 100, 1):
         observer.update(batch)
     rows = observer.tensors["rows"].flatten()
-    assert len(rows.unique()) == len(rows) == observers.RESERVOIR_ROWS
-    assert abs(rows.mean() - 1000) < 4 * 577 / math.sqrt(len(rows))
+    peaks, others = rows.split([observers.PEAK_ROWS, observers.SAMPLE_ROWS])
+    assert torch.equal(peaks, torch.arange(1999.0, 1871.0, -1))
+    assert len(others.unique()) == len(others) and others.max() < 1872
+    assert abs(others.mean() - 936) < 4 * 540 / math.sqrt(len(others))
+    priorities = dict(zip(rows.tolist(), observer.tensors["priorities"].tolist(), strict=True))
+    assert max(priorities[v] for v in others.tolist()) < 0.2  # of 1872, the 128 smallest of uniform numbers
+
+
+def test_a_rare_outlier_is_weighed_against_all_rows():
+    """One row in 20,000 holds the outlier: the clip weighs it once, and the others as many as they are."""
+    x = torch.randn(20000, 16)
+    x[777] = 60.0
+    weight = torch.randn(8, 16)
+
+    def error(clip: float) -> float:
+        step = clip / 127
+        return (((torch.round(x / step).clamp(-127, 127) * step - x) @ weight.T).double() ** 2).sum().item()
+
+    clip = observe("output_error", list(x.split(1000)), weight).clip
+    best = min(error(c.item()) for c in observers.candidates(x.abs().max(), 8, 5))
+    assert error(clip) < 1.2 * best
 
 
 @pytest.mark.parametrize("text", ["median", "percentile:0", "percentile:101", "percentile:x", "max:3", 7, None])

@@ -4,7 +4,8 @@
     max           the largest magnitude of all batches: nothing that was seen is clipped
     percentile    the magnitude below which that share of all elements lies
     mse           the clip r with the least Σ (x - x̂(r))² over all elements
-    output_error  the clip r with the least Σ ‖(x̂(r) - x) Ŵᵀ‖² over a sample of rows: what the scale costs the output
+    output_error  the clip r with the least Σ ‖(x̂(r) - x) Ŵᵀ‖², what the scale costs the output, estimated from a sample
+                  of rows
 
 The scale is α = max(1e-8, (r + δ · sd) / 127) in every case. Observers are streaming, their memory does not grow with
 the data; all state is in tensors that `state` hands out and `load` takes back, after which they go on to the same bits.
@@ -35,8 +36,9 @@ falls as the outlier's square over n: an outlier of 100 sd in 10^8 elements is b
 OUTPUT_CLIPS_PER_OCTAVE, OUTPUT_CLIP_OCTAVES = 8, 5
 """Clips that `output_error` tries; each costs a product with the weight."""
 
-RESERVOIR_ROWS = 256
-"""Rows that `output_error` keeps of a layer's input: a uniform sample of all rows."""
+PEAK_ROWS, SAMPLE_ROWS = 128, 128
+"""Rows that `output_error` keeps of a layer's input: those with the largest elements, which a clip hurts, and a uniform
+sample of the others. A uniform sample alone misses rare outliers: with 256 rows of it W8A8 DINOv2-small lost 2 dB."""
 
 
 class CalibrationError(ValueError):
@@ -202,35 +204,42 @@ class MseObserver(HistogramObserver):
 
 
 class OutputErrorObserver(MaxObserver):
-    """The clip with the least squared error of the layer's output on a uniform sample of its input's rows.
+    """The clip with the least squared error of the layer's output, estimated from a stratified sample of rows.
 
-    Each row gets a random number from a generator seeded by seed, layer and batch; the rows with the smallest are kept.
+    The rows with the largest elements count once each, the sampled ones for all others. Every row gets a random number
+    from a generator seeded by seed, layer and batch; the sample are the rows with the smallest.
     """
 
-    FIELDS = (*MaxObserver.FIELDS, "rows", "priorities", "batches")
+    FIELDS = (*MaxObserver.FIELDS, "rows", "priorities", "batches", "seen")
 
     def _take(self, x: Tensor, maximum: Tensor) -> None:
         super()._take(x, maximum)
-        batch = int(self.tensors["batches"]) if "batches" in self.tensors else 0
-        priorities = torch.rand(x.shape[0], generator=_generator(self.seed, self.name, batch), dtype=torch.float64)
-        rows = x
+        seen = self.tensors
+        batch = int(seen["batches"]) if "batches" in seen else 0
+        priorities = torch.rand(len(x), generator=_generator(self.seed, self.name, batch), dtype=torch.float64)
+        rows, priorities = x, priorities.to(x.device)
         if batch:
-            rows = torch.cat([self.tensors["rows"], rows])
-            priorities = torch.cat([self.tensors["priorities"].cpu(), priorities])
-        kept = torch.argsort(priorities, stable=True)[:RESERVOIR_ROWS]
-        self.tensors["rows"] = rows[kept.to(rows.device)]
-        self.tensors["priorities"] = priorities[kept].to(rows.device)
-        self.tensors["batches"] = torch.tensor(batch + 1, device=rows.device)
+            rows, priorities = torch.cat([seen["rows"], rows]), torch.cat([seen["priorities"], priorities])
+        by_peak = torch.argsort(rows.abs().amax(-1), descending=True, stable=True)
+        peaks, others = by_peak[:PEAK_ROWS], by_peak[PEAK_ROWS:]
+        sampled = others[torch.argsort(priorities[others], stable=True)[:SAMPLE_ROWS]]
+        kept = torch.cat([peaks, sampled])
+        self.tensors["rows"], self.tensors["priorities"] = rows[kept], priorities[kept]
+        self._put("batches", torch.tensor(1, device=x.device), torch.add)
+        self._put("seen", torch.tensor(len(x), device=x.device), torch.add)
 
     def clip(self, weight: Tensor | None) -> Tensor:
         clips = candidates(self.tensors["maximum"], OUTPUT_CLIPS_PER_OCTAVE, OUTPUT_CLIP_OCTAVES)
         rows = self.tensors["rows"]
         weight = weight.to(rows)
+        sampled = max(1, len(rows) - PEAK_ROWS)
+        stands_for = (int(self.tensors["seen"]) - PEAK_ROWS) / sampled  # others of each sampled row, itself included
         errors = []
         for clip in clips:
             step = clip / nm.QMAX
             difference = torch.round(rows / step).clamp(-nm.QMAX, nm.QMAX) * step - rows
-            errors.append((difference @ weight.T).double().square().sum())
+            squares = (difference @ weight.T).double().square().sum(-1)
+            errors.append(squares[:PEAK_ROWS].sum() + stands_for * squares[PEAK_ROWS:].sum())
         return clips[torch.stack(errors).argmin()]
 
 

@@ -191,6 +191,7 @@ def _run(model: nn.Module, batch: Batch, what: str) -> tuple[Tensor, bool]:
 
 
 def checked_labels(index: int, labels: Tensor, out: Tensor) -> Tensor:
+    """Labels int (B,) of batch `index` on the CPU. Raises `ValueError` unless they are classes of logits (B, D)."""
     labels = labels.cpu()
     if labels.shape != (out.shape[0],) or labels.is_floating_point():
         raise ValueError(

@@ -92,12 +92,13 @@ def choose(model, config, calibration: Iterable | None, arguments: argparse.Name
     from vqvit import budget, sensitivity
     from vqvit.plan import ROLES, TIERS, Plan
     from vqvit.rewriter import make_plan
+    from vqvit.scores import Sensitivity
 
     request = read_request(arguments.tiers_by)
     plan = config if isinstance(config, Plan) else make_plan(model, config)[0]
     scoring, checking = _data(model, calibration, request, arguments)
     if arguments.scores:
-        scores = sensitivity.Sensitivity.load(arguments.scores)
+        scores = Sensitivity.load(arguments.scores)
     else:
         damage_tiers = () if request.kind == "sensitivity" else TIERS
         scores = sensitivity.measure(model, scoring, plan, damage_tiers=damage_tiers, progress=True)

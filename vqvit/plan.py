@@ -36,6 +36,11 @@ COMPENSATIONS = ("none", "paper", "activation", "weight", "full")
 ATTENTION_SCALES = ("dynamic", "static")
 """Scales of q, k and v: from each token's range, or learned once for each head (numerics §7)."""
 
+OBSERVERS = ("ema", "max", "percentile", "mse", "output_error")
+"""How calibration chooses a static range (`vqvit.observers`); a percentile may be named, as in "percentile:99.9"."""
+
+PERCENTILE = 99.99
+
 ROLES = ("patch_embed", "qkv", "attn_out", "fc1", "fc2", "head", "linear")
 
 
@@ -46,6 +51,21 @@ class PlanError(ValueError):
 def _one_of(what: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise PlanError(f"{what}: expected one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def read_observer(what: str, text: object) -> tuple[str, float]:
+    """Kind, one of `OBSERVERS`, and percentile in (0, 100] of an observer's name. Raises `PlanError`."""
+    kind, named, percentile = text.partition(":") if isinstance(text, str) else (text, "", "")
+    _one_of(what, kind, OBSERVERS)
+    if not named:
+        return kind, PERCENTILE
+    try:
+        value = float(percentile)
+    except ValueError:
+        value = 0.0
+    if kind != "percentile" or not 0.0 < value <= 100.0:
+        raise PlanError(f"{what}: expected percentile:P with 0 < P <= 100, or a name alone; got {text!r}")
+    return kind, value
 
 
 def _build(cls: type, fields: object, what: str):
@@ -81,6 +101,7 @@ class LayerPlan:
         bits: one of `WEIGHT_BITS`.
         compensation: one of `COMPENSATIONS`.
         mu: factor of the last term of the compensation.
+        observer: how a static activation range is chosen, see `OBSERVERS`.
     """
 
     name: str
@@ -94,6 +115,7 @@ class LayerPlan:
     bits: int = 8
     compensation: str = "none"
     mu: float = 1.0
+    observer: str = "ema"
 
     def __post_init__(self):
         _one_of(f"role of {self.name}", self.role, ROLES)
@@ -101,6 +123,7 @@ class LayerPlan:
         _one_of(f"activation of {self.name}", self.activation, ACTIVATIONS)
         _one_of(f"bits of {self.name}", self.bits, WEIGHT_BITS)
         _one_of(f"compensation of {self.name}", self.compensation, COMPENSATIONS)
+        read_observer(f"observer of {self.name}", self.observer)
         for option in ("beta", "delta", "mu"):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -179,6 +202,22 @@ class Plan:
                 return layer
         raise PlanError(f"plan: expected a layer among {', '.join(p.name for p in self.layers)}; got {name!r}")
 
+    def diff(self, other: "Plan") -> tuple["Change", ...]:
+        """What differs in `other`: options of layers and blocks, and those that only one of the two has."""
+        mine, theirs = ({entry.name: entry for entry in (*p.layers, *p.blocks)} for p in (self, other))
+        changes = []
+        if self.half_dtype != other.half_dtype:
+            changes.append(Change("plan", "half_dtype", self.half_dtype, other.half_dtype))
+        for name in dict.fromkeys((*mine, *theirs)):
+            before, after = mine.get(name), theirs.get(name)
+            if before is None or after is None:
+                changes.append(Change(name, "tier", _kind(before), _kind(after)))
+                continue
+            before, after = dataclasses.asdict(before), dataclasses.asdict(after)
+            options = (option for option in before if before[option] != after.get(option))
+            changes += [Change(name, option, before[option], after.get(option)) for option in options]
+        return tuple(changes)
+
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
 
@@ -217,6 +256,26 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Change:
+    """One difference between two plans: `option` of the layer or block `name`. A layer that one plan lacks has no tier
+    there (None), and a block is "replaced" or None.
+    """
+
+    name: str
+    option: str
+    before: object
+    after: object
+
+    def __str__(self) -> str:
+        before, after = ("float" if v is None and self.option == "tier" else v for v in (self.before, self.after))
+        return f"{self.name}: {self.option} {before} -> {after}"
+
+
+def _kind(entry: LayerPlan | BlockPlan | None) -> str | None:
+    return "replaced" if isinstance(entry, BlockPlan) else entry and entry.tier
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """What a user asks for; `vqvit.rewriter.make_plan` turns it into a `Plan` for one model.
 
@@ -227,6 +286,7 @@ class QuantConfig:
         activations: exceptions from `activation`, in the same form.
         activation, attention, per_channel, equalize, half_dtype: as in `LayerPlan`, `BlockPlan`, `Plan`.
         cls_only: one of `CLS_ONLY`: whether the last block may compute only the tokens that the head reads.
+        observer: how static activation ranges are chosen, as in `LayerPlan`.
     """
 
     tier: str = "int8"
@@ -238,6 +298,7 @@ class QuantConfig:
     equalize: bool = True
     half_dtype: str = "bfloat16"
     cls_only: str = "auto"
+    observer: str = "ema"
 
     def __post_init__(self):
         _one_of("tier", self.tier, TIERS)
@@ -249,6 +310,7 @@ class QuantConfig:
         _one_of("attention", self.attention, ATTENTION)
         _one_of("half_dtype", self.half_dtype, HALF_DTYPES)
         _one_of("cls_only", self.cls_only, CLS_ONLY)
+        read_observer("observer", self.observer)
 
     def tier_of(self, name: str, role: str) -> str:
         """The tier, or "skip", of layer `name` with `role`."""

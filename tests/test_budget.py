@@ -1,6 +1,5 @@
 """Precision plans from scores: quantiles, bytes, accuracy; and the commands that make, compare and check plans."""
 
-import dataclasses
 import itertools
 import json
 
@@ -52,7 +51,7 @@ def scores(*layers: tuple[float, dict, dict]) -> tuple[Plan, Sensitivity]:
     scored = tuple(
         LayerScore(name, "linear", s, {}, damage, size) for name, (s, damage, size) in zip(names, layers, strict=True)
     )
-    return plan, Sensitivity("labels", "kl", 8, (), scored)
+    return plan, Sensitivity("labels", "kl", 8, 0.5, (), scored)
 
 
 def tiers(plan: Plan) -> str:
@@ -141,12 +140,19 @@ def test_greedy_is_near_the_best_plan_of_all():
         assert best <= total(layer.tier for layer in chosen.layers) < best + largest
 
 
-def test_unmeasured_damage_is_fishers():
-    layers = (LayerScore("a", "head", 1.0, damage(8, 6, 1), {"int8": 7.0}, sizes()),)
-    found = Sensitivity("labels", "kl", 8, (), layers)
-    assert budget.damages(found) == {"a": {"int8": 4.0, "int8_asym": 3.0, "fp16": 0.5}}
-    measured = Sensitivity("labels", "kl", 8, (), (dataclasses.replace(layers[0], damage={"int8": 7.0, "fp16": 0.1}),))
-    assert budget.damages(measured) == {"a": {"int8": 7.0, "fp16": 0.1}}
+@pytest.mark.parametrize(
+    ("measured", "want"),
+    [
+        ({}, damage(4.0, 3.0, 0.5)),  # the weight's rounding alone, curvature · S_F
+        ({"int8": 7.0}, damage(7.0, 6.0, 0.5)),  # 3 of it are the activation's codes, which int8_asym has too
+        ({"int8": 2.0}, damage(2.0, 3.0, 0.5)),
+        ({"int8": 7.0, "fp16": 0.1}, damage(7.0, 6.0, 0.1)),
+        (damage(7.0, 6.5, 0.1), damage(7.0, 6.5, 0.1)),
+    ],
+)
+def test_damage_that_was_not_measured_is_predicted(measured, want):
+    layer = LayerScore("a", "head", 1.0, damage(8, 6, 1), measured, sizes())
+    assert budget.damages(Sensitivity("labels", "kl", 8, 0.5, (), (layer,))) == {"a": want}
 
 
 def test_figures_that_are_missing_are_named():

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import vqvit
 from vqvit import cli
 from vqvit import numerics as nm
+from vqvit.evaluate import pick_output
 from vqvit.nn import QuantLinear
 from vqvit.plan import TIERS, LayerPlan, Plan, PlanError, QuantConfig
 from vqvit.rewriter import make_plan
@@ -297,22 +298,29 @@ def test_objectives_and_determinism(case):
         assert found != measure(make(), data(), seed=4)
 
 
-def test_fisher_of_sampled_labels_predicts_the_damage_of_weights():
-    """½ S_F is the second order of the KL: with activations left in float, measured and predicted agree."""
-    model, images = vit(), torch.randn(64, 3, 16, 16)
+@pytest.mark.parametrize("make", [vit, dinov2])
+def test_fisher_predicts_the_damage_of_rounding_a_weight(make):
+    """curvature · S_F is the second order of KL or feature error, with activations left in float."""
+    model, images = make(), torch.randn(64, 3, 16, 16)
     found = measure(model, [images] * 8, damage_tiers=())
-    name = "vit.layers.0.fc1"
-    weight = float_weight(model, name)
-    target = next(t for t in find_targets(model, make_plan(model, QuantConfig())[0]) if t.plan.name == name)
-    quantized = in_tier(target, "int8", torch.bfloat16)
+    target = next(t for t in find_targets(model, make_plan(model, QuantConfig())[0]) if t.plan.role == "fc1")
+    weight = target.parts[0].module.weight
+    error = in_tier(target, "int8", torch.bfloat16).float_weight() / target.equalizer - weight.detach()
+
+    def output() -> torch.Tensor:
+        return pick_output(model(images))[0].double()
+
     with torch.no_grad():
-        want = model(images).logits.log_softmax(-1)
-        error = quantized.float_weight() / target.equalizer - weight
-        weight += 30 * error  # large enough for fp32 to resolve the KL
-        got = model(images).logits.log_softmax(-1)
-    measured = (want.exp() * (want - got)).sum(-1).mean().item()
-    predicted = 0.5 * 30**2 * found.layer(name).fisher["int8"]
-    assert 0.4 < predicted / measured < 2.5
+        want = output()
+        weight += 30 * error  # large enough for fp32 to resolve the damage
+        got = output()
+    if make is vit:
+        log_p, log_q = want.log_softmax(-1), got.log_softmax(-1)
+        measured = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    else:
+        measured = (got - want).square().sum() / want.square().sum()
+    predicted = 30**2 * found.curvature * found.layer(target.plan.name).fisher["int8"]
+    assert 0.4 < predicted / measured.item() < 2.5
 
 
 def test_json_round_trip(scored, tmp_path):
@@ -363,7 +371,7 @@ def test_correlations(scored):
     assert scored.correlations["fisher_damage"] == spearman(series[1], series[2])
     assert scored.correlations["score_fisher"] == spearman(series[0], series[1])
     matrix = MatrixScore("a", "a", (1, 1), 1.0, 1.0, 1.0, None)
-    unmeasured = Sensitivity("labels", "kl", 1, (matrix,), (LayerScore("a", "head", 1.0, {}, {}, {}),))
+    unmeasured = Sensitivity("labels", "kl", 1, 0.5, (matrix,), (LayerScore("a", "head", 1.0, {}, {}, {}),))
     assert set(unmeasured.correlations.values()) == {None}
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from vqvit.calibration import quantize_
 from vqvit.evaluate import evaluate
 from vqvit.plan import TIERS, Plan, PlanError
-from vqvit.scores import Sensitivity
+from vqvit.scores import LayerScore, Sensitivity
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.6, 0.9
 """Shares of layers up to which they stay int8, and int8_asym."""
@@ -170,14 +170,19 @@ def with_tiers(plan: Plan, tiers: Mapping[str, str]) -> Plan:
 
 
 def damages(sensitivity: Sensitivity) -> dict[str, dict[str, float]]:
-    """Layer -> tier -> damage: as measured where several tiers of every layer were, else as Fisher predicts, S_F / 2.
+    """Layer -> tier -> damage: measured where it was, else what int8 was measured to do and Fisher predicts.
 
-    The second order of the loss around the float weights is ½ Σ mean(g²) ∘ (W - Ŵ)². It knows nothing of activations.
+    curvature · S_F is what the weight's rounding does. The rest of the damage in int8 is that of the activation's
+    codes, which int8_asym has as well, and fp16 has not.
     """
-    measured = {layer.name: layer.damage for layer in sensitivity.layers}
-    if all(len(tiers) > 1 for tiers in measured.values()):
-        return measured
-    return {layer.name: {tier: f / 2 for tier, f in layer.fisher.items()} for layer in sensitivity.layers}
+    return {layer.name: _damages(layer, sensitivity.curvature) for layer in sensitivity.layers}
+
+
+def _damages(layer: LayerScore, curvature: float) -> dict[str, float]:
+    rounding = {tier: curvature * fisher for tier, fisher in layer.fisher.items()}
+    codes = max(0.0, layer.damage["int8"] - rounding["int8"]) if rounding and "int8" in layer.damage else 0.0
+    predicted = {tier: lost + (0.0 if tier == "fp16" else codes) for tier, lost in rounding.items()}
+    return {**predicted, **layer.damage}
 
 
 def _promotions(plan: Plan, sensitivity: Sensitivity, spare: int | None) -> Iterator[Promotion]:

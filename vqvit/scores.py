@@ -75,12 +75,18 @@ class LayerScore:
 class Sensitivity:
     """Scores of every matrix and layer of a plan, in its order.
 
-    Attributes: objective, one of `OBJECTIVES`; metric of the damage, one of `METRICS`; images they were measured on.
+    Attributes:
+        objective: one of `OBJECTIVES`.
+        metric: of the damage, one of `METRICS`.
+        images: that they were measured on.
+        curvature: the damage that rounding a weight does to second order is curvature · S_F: 1/2 for the KL, the
+            reciprocal of the features' mean square for their relative error.
     """
 
     objective: str
     metric: str
     images: int
+    curvature: float
     matrices: tuple[MatrixScore, ...]
     layers: tuple[LayerScore, ...]
 

@@ -69,7 +69,9 @@ def measure(
         matrices += scored
         layers.append(layer)
     images = sum(len(batch.images) for batch in read)
-    return Sensitivity(objective, "kl" if is_logits else "feature_error", images, tuple(matrices), tuple(layers))
+    square = sum(output.square().sum().item() for output in outputs) / images
+    metric, curvature = ("kl", 0.5) if is_logits else ("feature_error", 1 / square if square > 0 else 0.0)
+    return Sensitivity(objective, metric, images, curvature, tuple(matrices), tuple(layers))
 
 
 def _float_outputs(model: nn.Module, batches: list[Batch]) -> tuple[list[Tensor], bool]:

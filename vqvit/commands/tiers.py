@@ -100,7 +100,7 @@ def choose(model, config, calibration: Iterable | None, arguments: argparse.Name
     if arguments.scores:
         scores = Sensitivity.load(arguments.scores)
     else:
-        damage_tiers = () if request.kind == "sensitivity" else TIERS
+        damage_tiers = () if request.kind == "sensitivity" else ("int8",)
         scores = sensitivity.measure(model, scoring, plan, damage_tiers=damage_tiers, progress=True)
     facts = {"tiers by": arguments.tiers_by}
     if request.kind == "sensitivity":

@@ -162,8 +162,9 @@ class FakeQuantLinear(nn.Module):
         if self.blend == 1.0:
             y = self._quantized_product(rows, fake_x, fake_w)
         else:
-            pairs = ((rows, fake_x.values), (self.weight, fake_w.values))
-            y = F.linear(*(torch.lerp(exact, fake, self.blend) for exact, fake in pairs))
+            activation_term, weight_term, _ = COMPENSATION_TERMS[self.base_plan.compensation]
+            x_hat, w_hat = _values(rows, fake_x, activation_term), _values(self.weight, fake_w, weight_term)
+            y = F.linear(torch.lerp(rows, x_hat, self.blend), torch.lerp(self.weight, w_hat, self.blend))
         if self.bias is not None:
             y = y + self.bias
         if self.base_plan.tier == "fp16" and self.blend == 1.0:
@@ -223,6 +224,15 @@ class FakeQuantLinear(nn.Module):
         plan = self.base_plan
         options = f"tier={plan.tier}, activation={plan.activation}, blend={self.blend:g}"
         return f"{self.in_features}, {self.out_features}, {options}"
+
+
+def _values(x: Tensor, fake: Fake, residual: bool) -> Tensor:
+    """What the codes of x (R, K) stand for, with their residual codes if those take part in the product."""
+    if not residual:
+        return fake.values
+    with torch.no_grad():
+        rest = quantize_residual(x, fake.codes, fake.scale) * fake.scale[:, None] / nm.RESIDUAL_STEPS
+    return fake.values + rest
 
 
 class FakePatchEmbed(FakeQuantLinear):

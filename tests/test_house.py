@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "_build"},
+    {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "statistics", "_build"},
     {"reference", "evaluate", "validation", "native"},
     {"backends"},
     {"registry"},

@@ -22,6 +22,7 @@ LAYERS = (
     {"rewriter"},
     {"guard", "shortcut"},
     {"calibration", "hf"},
+    {"qat"},
     {"checkpoint"},
     {"engines"},
     {"memory", "tuning", "profiling"},

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,36 @@ def make_plan(model: nn.Module, config: QuantConfig) -> tuple[Plan, tuple[LayerR
     return Plan(tuple(blocks), tuple(layers), config.half_dtype), tuple(skipped)
 
 
+class PlannedBlock(NamedTuple):
+    """A block of a float model that a plan replaces: its plan, that of each of its roles, its parts, and itself."""
+
+    plan: BlockPlan
+    layers: dict[str, LayerPlan]
+    parts: BlockParts
+    module: nn.Module
+
+
+def match(model: nn.Module, plan: Plan) -> tuple[list[PlannedBlock], list[tuple[LayerPlan, nn.Linear | nn.Conv2d]]]:
+    """The blocks of a float model that a plan replaces, and the layers outside them. Raises `PlanError` if it does not
+    fit.
+    """
+    modules = dict(model.named_modules())
+    by_name = {layer.name: layer for layer in plan.layers}
+    blocks = []
+    for block in plan.blocks:
+        parts = _planned_block(modules, block)
+        layers = {role: by_name.pop(f"{block.name}.{role}", None) for role in BLOCK_ROLES}
+        if missing := [f"{block.name}.{role}" for role, layer in layers.items() if layer is None]:
+            raise PlanError(f"plan: expected every layer of block {block.name}; {', '.join(missing)} missing")
+        blocks.append(PlannedBlock(block, layers, parts, modules[block.name]))
+    inside_blocks = tuple(f"{block.name}." for block in plan.blocks)
+    for layer in by_name.values():
+        if not isinstance(modules.get(layer.name), nn.Linear | nn.Conv2d) or layer.name.startswith(inside_blocks):
+            candidates = ", ".join(n for n, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d))
+            raise PlanError(f"plan: expected a layer of this model ({candidates}); got {layer.name!r}")
+    return blocks, [(layer, modules[layer.name]) for layer in by_name.values()]
+
+
 def apply_plan(model: nn.Module, plan: Plan) -> tuple[LayerReport, ...]:
     """Replace the plan's blocks and layers in place. Raises `PlanError` if the plan does not fit the model.
 
@@ -123,26 +154,16 @@ def apply_plan(model: nn.Module, plan: Plan) -> tuple[LayerReport, ...]:
     too, where it lays out the modules that a checkpoint then fills.
     """
     _refuse_quantized(model)
-    modules = dict(model.named_modules())
     half = getattr(torch, plan.half_dtype)
-    by_name = {layer.name: layer for layer in plan.layers}
-    replacements: dict[str, nn.Module] = {}
-    for block in plan.blocks:
-        parts = _planned_block(modules, block)
-        layers = {role: by_name.pop(f"{block.name}.{role}", None) for role in BLOCK_ROLES}
-        if missing := [f"{block.name}.{role}" for role, layer in layers.items() if layer is None]:
-            raise PlanError(f"plan: expected every layer of block {block.name}; {', '.join(missing)} missing")
-        replacements[block.name] = _encoder_block_class(type(modules[block.name]))(block, layers, parts, half)
-    inside_blocks = tuple(f"{block.name}." for block in plan.blocks)
-    for layer in by_name.values():
-        module = modules.get(layer.name)
-        if not isinstance(module, nn.Linear | nn.Conv2d) or layer.name.startswith(inside_blocks):
-            candidates = ", ".join(n for n, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d))
-            raise PlanError(f"plan: expected a layer of this model ({candidates}); got {layer.name!r}")
-        replacements[layer.name] = _replacement(layer, module, half)
+    blocks, layers = match(model, plan)
+    replacements: dict[str, QuantModule] = {
+        block.name: replacement_class(EncoderBlock, type(module))(block, planned, parts, half)
+        for block, planned, parts, module in blocks
+    }
+    replacements |= {layer.name: _replacement(layer, module, half) for layer, module in layers}
     for name, module in replacements.items():
         module.model_plan = plan
-        _swap(model, name, module)
+        swap(model, name, module)
     request_where_planned(model, plan)
     model.eval()
     pack_weights(model)
@@ -164,7 +185,7 @@ def restore(model: nn.Module, weights: dict[str, Tensor] | None = None) -> nn.Mo
     for name, module in list(quantized_modules(model)):
         original = module.original[0]
         if weights is None and not any(p.is_meta for p in original.parameters()):
-            _swap(model, name, original)
+            swap(model, name, original)
             continue
         if weights is None:
             state = _float_state(module)
@@ -181,7 +202,7 @@ def restore(model: nn.Module, weights: dict[str, Tensor] | None = None) -> nn.Mo
         original.load_state_dict(state, assign=True)
         original.requires_grad_(True)
         original.eval()
-        _swap(model, name, original)
+        swap(model, name, original)
     return model
 
 
@@ -192,7 +213,7 @@ def revert(model: nn.Module, plan: Plan, names: list[str]) -> Plan:
     """
     modules = dict(quantized_modules(model))
     for name in names:
-        _swap(model, name, modules.pop(name).original[0].eval())
+        swap(model, name, modules.pop(name).original[0].eval())
     inside = tuple(f"{name}." for name in names)
     plan = dataclasses.replace(
         plan,
@@ -340,18 +361,18 @@ def _replacement(layer: LayerPlan, module: nn.Linear | nn.Conv2d, half: torch.dt
 
 
 @functools.cache
-def _encoder_block_class(replaced: type[nn.Module]) -> type[EncoderBlock]:
-    """`EncoderBlock` that is also an instance of the replaced class: transformers finds hidden states by class."""
+def replacement_class(kind: type[nn.Module], replaced: type[nn.Module]) -> type[nn.Module]:
+    """A block of `kind` that is also an instance of the replaced class: transformers finds hidden states by class."""
 
-    class Replacement(EncoderBlock, replaced):
-        def __init__(self, plan, layers, parts, half):
-            EncoderBlock.__init__(self, plan, layers, parts, half)
+    class Replacement(kind, replaced):
+        def __init__(self, *args):
+            kind.__init__(self, *args)
 
-    Replacement.__name__ = Replacement.__qualname__ = f"EncoderBlock[{replaced.__name__}]"
+    Replacement.__name__ = Replacement.__qualname__ = f"{kind.__name__}[{replaced.__name__}]"
     return Replacement
 
 
-def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
+def swap(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at `name`; a replacement remembers the module it replaced. Forward hooks stay with the place."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)

@@ -32,15 +32,7 @@ class EncoderBlock(QuantModule):
         self.plan = plan
         self.num_heads, self.softmax_scale, self.activation = parts.num_heads, parts.softmax_scale, parts.activation
         self.eps1, self.eps2 = parts.norm1.eps, parts.norm2.eps
-        qkv_weight, qkv_bias = _fused_projection(parts)
-        linears = {
-            "qkv": (qkv_weight, qkv_bias),
-            "attn_out": (parts.attn_out.weight, parts.attn_out.bias),
-            "fc1": (parts.fc1.weight, parts.fc1.bias),
-            "fc2": (parts.fc2.weight, parts.fc2.bias),
-        }
-        for role, (weight, bias) in linears.items():
-            weight = weight.detach()
+        for role, (weight, bias) in float_linears(parts).items():
             norm = {"qkv": "norm1", "fc1": "norm2"}.get(role)
             if norm is not None:
                 gamma, beta = getattr(parts, norm).weight.detach(), getattr(parts, norm).bias.detach()
@@ -178,6 +170,16 @@ def fold_equalizer(gamma: Tensor, beta: Tensor, weight: Tensor) -> tuple[Tensor,
     c = (reach / weight.abs().amax(0).clamp(min=1e-5)).sqrt()
     c = c / c.log().mean().exp()
     return gamma / c, beta / c, weight * c
+
+
+def float_linears(parts: BlockParts) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Float weight (N, K) and bias (N,) or None of each of `ROLES`, detached; q, k and v as one projection."""
+    linears = {role: getattr(parts, role) for role in ("attn_out", "fc1", "fc2")}
+    weights = {
+        role: (linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        for role, linear in linears.items()
+    }
+    return {"qkv": _fused_projection(parts), **weights}
 
 
 def _fused_projection(parts: BlockParts) -> tuple[Tensor, Tensor | None]:

@@ -12,17 +12,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "_build"},
-    {"reference", "evaluate", "validation", "native", "observers", "scores"},
+    {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "statistics", "_build"},
+    {"factorize", "reference", "evaluate", "validation", "native", "observers", "scores"},
     {"backends", "calibration_state"},
     {"registry"},
     {"provenance"},
     {"ops"},
     {"nn"},
     {"rewriter", "targets"},
-    {"guard", "shortcut"},
+    {"guard", "head_ranges", "patch_ranges", "shortcut"},
     {"calibration", "hf", "sensitivity"},
-    {"budget", "checkpoint"},
+    {"qat"},
+    {"budget", "checkpoint", "progressive"},
     {"engines"},
     {"memory", "tuning", "profiling"},
     {"demo"},

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from vqvit import families
 from vqvit.families import BlockParts, NotABlock
-from vqvit.nn import EncoderBlock, HalfPatchEmbed, QuantLinear, QuantModule, QuantPatchEmbed
+from vqvit.nn import CompensatedPatchEmbed, EncoderBlock, HalfPatchEmbed, QuantLinear, QuantModule, QuantPatchEmbed
 from vqvit.nn.block import ROLES as BLOCK_ROLES
 from vqvit.nn.block import make_linear
 from vqvit.nn.leading import request_leading_tokens
@@ -97,7 +98,7 @@ def make_plan(model: nn.Module, config: QuantConfig) -> tuple[Plan, tuple[LayerR
             kept = ", ".join(role for role, tier in roles.items() if tier == "skip")
             skipped.append(LayerReport(name, "block", "skipped", f"kept its structure: {kept} skipped on request"))
             continue
-        blocks.append(BlockPlan(name, config.attention, returns_tuple))
+        blocks.append(BlockPlan(name, config.attention, returns_tuple, attention_scales=config.attention_scales))
         layers += [_layer_plan(f"{name}.{role}", role, roles[role], config) for role in BLOCK_ROLES]
         taken |= {id(m) for m in module.modules()}
     for name, module in model.named_modules():
@@ -116,6 +117,32 @@ def make_plan(model: nn.Module, config: QuantConfig) -> tuple[Plan, tuple[LayerR
     return Plan(tuple(blocks), tuple(layers), config.half_dtype), tuple(skipped)
 
 
+class PlannedBlock(NamedTuple):
+    """A block of a float model that a plan replaces: its plan, that of each of its roles, its parts, and itself."""
+
+    plan: BlockPlan
+    layers: dict[str, LayerPlan]
+    parts: BlockParts
+    module: nn.Module
+
+
+def match(model: nn.Module, plan: Plan) -> tuple[list[PlannedBlock], list[tuple[LayerPlan, nn.Linear | nn.Conv2d]]]:
+    """The blocks of a float model that a plan replaces, and the layers outside them. Raises `PlanError` if it does not
+    fit.
+    """
+    modules = dict(model.named_modules())
+    by_name = {layer.name: layer for layer in plan.layers}
+    parts = {block.name: _planned_block(modules, block) for block in plan.blocks}
+    _check_names(modules, plan)
+    blocks = []
+    for block in plan.blocks:
+        layers = {role: by_name.pop(f"{block.name}.{role}", None) for role in BLOCK_ROLES}
+        if missing := [f"{block.name}.{role}" for role, layer in layers.items() if layer is None]:
+            raise PlanError(f"plan: expected every layer of block {block.name}; {', '.join(missing)} missing")
+        blocks.append(PlannedBlock(block, layers, parts[block.name], modules[block.name]))
+    return blocks, [(layer, modules[layer.name]) for layer in by_name.values()]
+
+
 def apply_plan(model: nn.Module, plan: Plan) -> tuple[LayerReport, ...]:
     """Replace the plan's blocks and layers in place. Raises `PlanError` if the plan does not fit the model.
 
@@ -123,23 +150,16 @@ def apply_plan(model: nn.Module, plan: Plan) -> tuple[LayerReport, ...]:
     too, where it lays out the modules that a checkpoint then fills.
     """
     _refuse_quantized(model)
-    modules = dict(model.named_modules())
     half = getattr(torch, plan.half_dtype)
-    by_name = {layer.name: layer for layer in plan.layers}
-    replacements: dict[str, nn.Module] = {}
-    blocks = {block.name: _planned_block(modules, block) for block in plan.blocks}
-    _check_names(modules, plan)
-    for block in plan.blocks:
-        layers = {role: by_name.pop(f"{block.name}.{role}", None) for role in BLOCK_ROLES}
-        if missing := [f"{block.name}.{role}" for role, layer in layers.items() if layer is None]:
-            raise PlanError(f"plan: expected every layer of block {block.name}; {', '.join(missing)} missing")
-        replaced = _encoder_block_class(type(modules[block.name]))
-        replacements[block.name] = replaced(block, layers, blocks[block.name], half)
-    for layer in by_name.values():
-        replacements[layer.name] = _replacement(layer, modules[layer.name], half)
+    blocks, layers = match(model, plan)
+    replacements: dict[str, QuantModule] = {
+        block.name: replacement_class(EncoderBlock, type(module))(block, planned, parts, half)
+        for block, planned, parts, module in blocks
+    }
+    replacements |= {layer.name: _replacement(layer, module, half) for layer, module in layers}
     for name, module in replacements.items():
         module.model_plan = plan
-        _swap(model, name, module)
+        swap(model, name, module)
     request_where_planned(model, plan)
     model.eval()
     pack_weights(model)
@@ -161,7 +181,7 @@ def restore(model: nn.Module, weights: dict[str, Tensor] | None = None) -> nn.Mo
     for name, module in list(quantized_modules(model)):
         original = module.original[0]
         if weights is None and not any(p.is_meta for p in original.parameters()):
-            _swap(model, name, original)
+            swap(model, name, original)
             continue
         if weights is None:
             state = _float_state(module)
@@ -178,7 +198,7 @@ def restore(model: nn.Module, weights: dict[str, Tensor] | None = None) -> nn.Mo
         original.load_state_dict(state, assign=True)
         original.requires_grad_(True)
         original.eval()
-        _swap(model, name, original)
+        swap(model, name, original)
     return model
 
 
@@ -189,7 +209,7 @@ def revert(model: nn.Module, plan: Plan, names: list[str]) -> Plan:
     """
     modules = dict(quantized_modules(model))
     for name in names:
-        _swap(model, name, modules.pop(name).original[0].eval())
+        swap(model, name, modules.pop(name).original[0].eval())
     inside = tuple(f"{name}." for name in names)
     plan = dataclasses.replace(
         plan,
@@ -315,8 +335,11 @@ def _classify(name: str, module: nn.Linear | nn.Conv2d, shared: set[int]) -> tup
 
 def _layer_plan(name: str, role: str, tier: str, config: QuantConfig) -> LayerPlan:
     activation = "per_token" if role == "patch_embed" else config.activation_of(name, role)  # numerics §8
-    options = {"activation": activation, "equalize": config.equalize, "observer": config.observer}
-    return LayerPlan(name, role, tier, config.per_channel, **options)
+    return LayerPlan(
+        name, role, tier, config.per_channel, activation=activation, equalize=config.equalize,
+        compensation=config.compensation_of(name, role), observer=config.observer,
+        factorized=config.factorize_patches and role == "patch_embed" and tier != "fp16",
+    )  # fmt: skip
 
 
 def _check_names(modules: dict[str, nn.Module], plan: Plan) -> None:
@@ -348,22 +371,23 @@ def _replacement(layer: LayerPlan, module: nn.Linear | nn.Conv2d, half: torch.dt
         return make_linear(layer, weight, bias, half)
     if layer.tier == "fp16":
         return HalfPatchEmbed(layer, weight, bias, half)
-    return QuantPatchEmbed(layer, weight, bias)
+    kind = QuantPatchEmbed if layer.compensation == "none" else CompensatedPatchEmbed
+    return kind(layer, weight, bias)
 
 
 @functools.cache
-def _encoder_block_class(replaced: type[nn.Module]) -> type[EncoderBlock]:
-    """`EncoderBlock` that is also an instance of the replaced class: transformers finds hidden states by class."""
+def replacement_class(kind: type[nn.Module], replaced: type[nn.Module]) -> type[nn.Module]:
+    """A block of `kind` that is also an instance of the replaced class: transformers finds hidden states by class."""
 
-    class Replacement(EncoderBlock, replaced):
-        def __init__(self, plan, layers, parts, half):
-            EncoderBlock.__init__(self, plan, layers, parts, half)
+    class Replacement(kind, replaced):
+        def __init__(self, *args):
+            kind.__init__(self, *args)
 
-    Replacement.__name__ = Replacement.__qualname__ = f"EncoderBlock[{replaced.__name__}]"
+    Replacement.__name__ = Replacement.__qualname__ = f"{kind.__name__}[{replaced.__name__}]"
     return Replacement
 
 
-def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
+def swap(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at `name`; a replacement remembers the module it replaced. Forward hooks stay with the place."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)

@@ -93,7 +93,9 @@ def _start(layers: dict[str, FakeQuantLinear], heads: dict[str, FakeAttention], 
         if observer.rows is None:
             raise CalibrationError(f"calibration: expected {name} to run on the calibration data; it did not")
         if layer.log_input_alpha is not None:
-            layer.calibrate_input_(observer.range.scale(layer.base_plan.delta, layer.weight.detach().flatten(1).float()))
+            layer.calibrate_input_(
+                observer.range.scale(layer.base_plan.delta, layer.weight.detach().flatten(1).float())
+            )
         rows = observer.rows
         if layer.base_plan.factorized:
             factors = input_factors(observer.reach, layer.weight)

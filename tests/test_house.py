@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "_build"},
+    {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "statistics", "_build"},
     {"factorize", "reference", "evaluate", "validation", "native", "observers", "scores"},
     {"backends", "calibration_state"},
     {"registry"},
@@ -23,7 +23,7 @@ LAYERS = (
     {"guard", "head_ranges", "patch_ranges", "shortcut"},
     {"calibration", "hf", "sensitivity"},
     {"qat"},
-    {"budget", "checkpoint"},
+    {"budget", "checkpoint", "progressive"},
     {"engines"},
     {"memory", "tuning", "profiling"},
     {"demo"},

@@ -180,7 +180,9 @@ def _bar_chart(section: dict, chart: dict) -> bytes | None:
             [max(0.0, value - row[chart["low"]]) for value, row in zip(values, rows, strict=True)],
             [max(0.0, row[chart["high"]] - value) for value, row in zip(values, rows, strict=True)],
         ]
-    figure = Figure(figsize=(4.6, 0.7 + 0.38 * len(rows)), layout="constrained")
+    longest = max((len(str(row[name])) for row in rows), default=0)
+    width = 4.6 + 0.08 * max(0, longest - 12)  # inches: the bars keep their room beside long names
+    figure = Figure(figsize=(width, 0.7 + 0.38 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     colours = [_BAR_COLOURS[i % len(_BAR_COLOURS)] for i in range(len(rows))]
     bars = axes.barh([str(row[name]) for row in rows], values, xerr=errors, color=colours, error_kw={"lw": 1})

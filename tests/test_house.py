@@ -23,7 +23,7 @@ LAYERS = (
     {"guard", "shortcut"},
     {"calibration", "hf"},
     {"qat"},
-    {"checkpoint"},
+    {"checkpoint", "progressive"},
     {"engines"},
     {"memory", "tuning", "profiling"},
     {"demo"},

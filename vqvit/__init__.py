@@ -12,6 +12,7 @@ from vqvit.calibration import CalibrationError, quantize_
 from vqvit.checkpoint import CheckpointError, load, save
 from vqvit.evaluate import Evaluation, evaluate
 from vqvit.plan import LayerPlan, Plan, PlanError, QuantConfig
+from vqvit.progressive import quantize_progressively_
 from vqvit.rewriter import LayerReport, Report, restore
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "ops",
     "quantize_",
+    "quantize_progressively_",
     "restore",
     "save",
 ]

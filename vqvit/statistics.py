@@ -33,7 +33,7 @@ def mcnemar_one_sided(losses: int, gains: int) -> float:
 
 
 def drop_lower_bound(losses: int, gains: int, images: int, confidence: float = 0.95) -> float:
-    """Exact one-sided lower confidence bound of the drop, as a share of the images.
+    """Exact one-sided lower confidence bound of the drop given m, as a share of the images.
 
     m (2 π_low - 1) / n with π_low the Clopper-Pearson bound of losses of m. It is above 0 exactly where
     `mcnemar_one_sided` is below 1 - confidence. Raises `ValueError` for impossible counts or confidence.

@@ -47,7 +47,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, option: str, required: b
         option,
         required=required,
         metavar="PATH",
-        help=f"{purpose}: a folder of images, a parquet file or folder of them, or the word digits",
+        help=f"{purpose}: a folder of images, a parquet file or folder of them, or digits, digits-train",
     )
     parser.add_argument("--images", type=positive_int, metavar="N", help="use at most N images, at even steps")
     parser.add_argument("--batch-size", type=positive_int, default=16, metavar="N")
@@ -87,9 +87,9 @@ def open_data(source: str, model, folder: str | Path, arguments: argparse.Namesp
     from vqvit import data
 
     config = getattr(model, "config", None)
-    if source == "digits":
-        test = data.digits()
-        images, labels = test.test_images[: arguments.images], test.test_labels[: arguments.images]
+    if source in ("digits", "digits-train"):
+        digits, part = data.digits(), "test" if source == "digits" else "train"
+        images, labels = (getattr(digits, f"{part}_{what}")[: arguments.images] for what in ("images", "labels"))
         return list(zip(images.split(arguments.batch_size), labels.split(arguments.batch_size), strict=True))
     size = arguments.image_size
     if size is None and not (Path(folder) / data.PROCESSOR_FILE).is_file():

@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from vqvit.commands import common
+from vqvit.commands import common, progressive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     common.add_data_arguments(parser, "--calibration", False, "images for static activation scales")
     common.add_device_arguments(parser)
+    progressive.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    from vqvit import calibration, checkpoint, engines, hf
+    from vqvit import calibration, hf
 
+    progressive.require_consistent(arguments)
     device = common.use_device(arguments)
     _require_replaceable(Path(arguments.output))
     config = _configuration(arguments)
     model = hf.load_float(arguments.source).to(device)
+    if arguments.progressive:
+        log = progressive.quantize(arguments, model, config)
+        return {**_save(model, arguments), **progressive.write(arguments, log)}
     batches = None
     if arguments.calibration:
         batches = common.open_data(arguments.calibration, model, arguments.source, arguments)
@@ -65,26 +70,29 @@ def run(arguments: argparse.Namespace) -> dict:
     )
     if not report.plan.layers:
         raise ValueError(f"--min-speedup {arguments.min_speedup:g}: nothing stays in int8\n{report}")
+    return {**_save(model, arguments), **report.to_dict()}
+
+
+def _save(model, arguments: argparse.Namespace) -> dict:
+    """Write the checkpoint; returns where it is and its size."""
+    from vqvit import checkpoint, engines
+
     checkpoint.save(model, arguments.output)
     _copy_processor(Path(arguments.source), Path(arguments.output))
     before, after = engines.folder_bytes(arguments.source), engines.folder_bytes(arguments.output)
-    return {
-        "output": str(arguments.output),
-        "bytes": after,
-        "source_bytes": before,
-        "ratio": after / before,
-        **report.to_dict(),
-    }
+    return {"output": str(arguments.output), "bytes": after, "source_bytes": before, "ratio": after / before}
 
 
 def to_text(result: dict) -> str:
     from vqvit.report import text_table
 
+    size = f"{result['source_bytes'] / 1e6:.2f} MB -> {result['bytes'] / 1e6:.2f} MB ({result['ratio']:.3f})"
+    if "stages" in result:
+        return f"{progressive.to_text(result)}\n\n{result['output']}: {size}"
     rows = [
         [layer["name"], layer["role"], layer["status"], "x".join(map(str, layer["shape"])), layer["reason"]]
         for layer in result["layers"]
     ]
-    size = f"{result['source_bytes'] / 1e6:.2f} MB -> {result['bytes'] / 1e6:.2f} MB ({result['ratio']:.3f})"
     table = text_table(["layer", "role", "status", "shape", "reason"], rows)
     return f"{table}\n\nCLS shortcut: {result['cls_only']}\n{result['output']}: {size}"
 

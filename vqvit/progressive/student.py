@@ -1,0 +1,82 @@
+"""The trainable copy of a model that a run works on: blends, tiers, snapshots, and the integer model it stands for."""
+
+import copy
+import dataclasses
+
+import torch
+from torch import nn
+
+from vqvit import qat, shortcut
+from vqvit.plan import Plan
+from vqvit.progressive.samples import Samples
+from vqvit.progressive.workdir import Snapshot
+from vqvit.rewriter import release_float
+
+
+class Student:
+    """A float model's copy with the planned layers made trainable (`vqvit.qat`), all of them float at first."""
+
+    def __init__(self, model: nn.Module, plan: Plan, samples: Samples, batch_size: int):
+        """Scales start from `samples`. Raises what `vqvit.qat.prepare_` raises."""
+        self.model = copy.deepcopy(model).eval()
+        calibration = [batch.args[0] if batch.args else batch.kwargs for batch in samples.batches(batch_size)]
+        qat.prepare_(self.model, plan, calibration)
+        self.blend({name: 0.0 for name in self.layers})
+
+    @property
+    def plan(self) -> Plan:
+        return qat.plan_of(self.model)
+
+    @property
+    def layers(self) -> dict[str, qat.FakeQuantLinear]:
+        return qat.fake_layers(self.model)
+
+    def blend(self, blends: dict[str, float]) -> None:
+        """λ of each layer: 0 is float, 1 quantized. Attention's quantizers follow the QKV layer."""
+        layers = self.layers
+        for name, blend in blends.items():
+            layers[name].blend = blend
+
+    def retier(self, layer: str, tier: str) -> None:
+        qat.retier_(self.model, layer, tier)
+
+    def snapshot(self) -> Snapshot:
+        """Copies of all tensors, on the CPU."""
+        return Snapshot(self.plan, {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()})
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Become the model of a snapshot, tiers included."""
+        layers = self.layers
+        for planned in snapshot.plan.layers:
+            if layers[planned.name].plan.tier != planned.tier:
+                qat.retier_(self.model, planned.name, planned.tier)
+        self.model.load_state_dict(snapshot.tensors)
+
+    def frozen_copy(self) -> nn.Module:
+        """The integer model with exactly these codes."""
+        frozen = copy.deepcopy(self.model)
+        qat.freeze_(frozen)
+        return frozen
+
+
+def become_integer(model: nn.Module, snapshot: Snapshot, samples: Samples, cls_only: str) -> tuple[Plan, str]:
+    """Replace the layers of the float `model`, in place, by integer ones with a snapshot's codes.
+
+    Returns the plan, with the CLS shortcut where `cls_only` allows it and it is proved, and a line about that. After an
+    error the model is as it was.
+    """
+    plan, line = shortcut.plan_shortcut(model, snapshot.plan, cls_only, samples.take(torch.arange(1)))
+    qat.prepare_(model, plan)
+    try:
+        model.load_state_dict(snapshot.tensors)
+        qat.freeze_(model)
+    except (ValueError, RuntimeError):
+        qat.unprepare_(model)
+        raise
+    release_float(model)
+    return plan, line
+
+
+def without_shortcut(plan: Plan) -> Plan:
+    """The plan without leading tokens: training computes every token, and a promotion may forbid them."""
+    return dataclasses.replace(plan, blocks=tuple(dataclasses.replace(b, leading_tokens=None) for b in plan.blocks))

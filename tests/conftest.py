@@ -31,3 +31,12 @@ def test_data() -> Path:
     if not folder:
         pytest.skip("VQVIT_TEST_DATA does not name a folder with cifar10/plain_text")
     return Path(folder)
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny models gain nothing from more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

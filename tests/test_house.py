@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "statistics", "_build"},
-    {"reference", "evaluate", "validation", "native"},
+    {"factorize", "reference", "evaluate", "validation", "native"},
     {"backends"},
     {"registry"},
     {"provenance"},
     {"ops"},
     {"nn"},
     {"rewriter"},
-    {"guard", "shortcut"},
+    {"guard", "head_ranges", "patch_ranges", "shortcut"},
     {"calibration", "hf"},
     {"qat"},
     {"checkpoint", "progressive"},

@@ -9,7 +9,9 @@ from tqdm import tqdm
 from vqvit import guard, shortcut
 from vqvit import numerics as nm
 from vqvit.batches import Batch, read_batch
+from vqvit.head_ranges import calibrate_heads, observed_heads
 from vqvit.nn import QuantLinear
+from vqvit.patch_ranges import factorize_, patch_factors
 from vqvit.plan import Plan, QuantConfig
 from vqvit.rewriter import Report, apply_plan, make_plan, release_float, restore
 
@@ -60,7 +62,7 @@ def quantize_(
         model: a float Vision Transformer (Hugging Face, timm or any `nn.Module`), on the device it will run on.
         config: what to do (`QuantConfig`), or exactly what to do (`Plan`); default W8A8, int8 attention.
         calibration: batches of model inputs: a tensor, a dict of model inputs, or (inputs, labels). Needed only for
-            `activation="static"`.
+            `activation="static"`, `attention_scales="static"` and `factorize_patches=True`.
         progress: show a progress bar on stderr.
         keep_float: keep the float weights in memory, so that `restore` brings back exactly this model.
         min_speedup: put blocks and layers back that are not this many times as fast as in float on this device, and
@@ -76,16 +78,22 @@ def quantize_(
     config = config or QuantConfig()
     plan, skipped = (config, ()) if isinstance(config, Plan) else make_plan(model, config)
     static = [layer.name for layer in plan.layers if layer.activation == "static" and layer.tier != "fp16"]
-    batches = _read_calibration(calibration, static)
+    heads = [block.name for block in plan.blocks if block.attention_scales == "static"]
+    patches = [layer.name for layer in plan.layers if layer.factorized]
+    batches = _read_calibration(calibration, static + heads + patches)
     example = served or next(iter(batches), None)
     if isinstance(config, Plan):
         cls_only = shortcut.check_shortcut(model, plan, example)
     else:
         plan, cls_only = shortcut.plan_shortcut(model, plan, config.cls_only, example)
+    factors = patch_factors(model, patches, batches)
     reports = apply_plan(model, plan)
     slower = ()
     try:
-        _calibrate(model, static, batches, progress)
+        factorize_(model, factors)
+        with observed_heads(model, heads):
+            _calibrate(model, static, batches, progress)
+        calibrate_heads(model, heads, batches, progress)
         if served is not None:
             shortened = plan.shortened
             plan, slower = guard.keep_faster(model, plan, served.to(next(model.buffers()).device), min_speedup)
@@ -113,7 +121,7 @@ def _read_sample(min_speedup: float | None, sample: object) -> Batch | None:
 def _read_calibration(calibration: Iterable | None, static: list[str]) -> list[Batch]:
     if calibration is None and static:
         raise CalibrationError(
-            f"calibration: expected batches for the static activation scales of {len(static)} layers "
+            f"calibration: expected batches for the static or factorised scales of {len(static)} layers or blocks "
             f"({static[0]}, ...); got calibration=None"
         )
     if calibration is None:

@@ -79,8 +79,10 @@ class LayerPlan:
         delta: weight of the standard deviation in the per-token activation range (numerics §3).
         equalize: move per-channel input ranges into the weight where that is free (numerics §3).
         bits: one of `WEIGHT_BITS`.
-        compensation: one of `COMPENSATIONS`.
+        compensation: one of `COMPENSATIONS`; for tier int8 with symmetric activations, per token or static.
         mu: factor of the last term of the compensation.
+        factorized: of the patch embedding: move the ranges of its input, seen in calibration, into the weight
+            (numerics §8).
     """
 
     name: str
@@ -94,6 +96,7 @@ class LayerPlan:
     bits: int = 8
     compensation: str = "none"
     mu: float = 1.0
+    factorized: bool = False
 
     def __post_init__(self):
         _one_of(f"role of {self.name}", self.role, ROLES)
@@ -108,6 +111,14 @@ class LayerPlan:
         if self.activation == "per_token_group" and (self.tier == "int8_asym" or self.delta != 0.0):
             received = f"tier {self.tier}, delta {self.delta}"
             raise PlanError(f"{self.name}: expected tier int8 or fp16 and delta 0 with per_token_group; got {received}")
+        if self.factorized and (self.role != "patch_embed" or self.tier == "fp16"):
+            received = f"role {self.role}, tier {self.tier}"
+            raise PlanError(f"{self.name}: expected factorized for an integer patch_embed; got {received}")
+        compensable = self.tier == "int8" and self.activation in ("per_token", "static") and self.bits == 8
+        if self.compensation != "none" and not compensable:
+            received = f"tier {self.tier}, activation {self.activation}, bits {self.bits}"
+            expected = "tier int8, activation per_token or static and 8 bits with compensation"
+            raise PlanError(f"{self.name}: expected {expected}; got {received}")
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,8 @@ class BlockPlan:
     def __post_init__(self):
         _one_of(f"attention of {self.name}", self.attention, ATTENTION)
         _one_of(f"attention_scales of {self.name}", self.attention_scales, ATTENTION_SCALES)
+        if self.attention == "float" and self.attention_scales == "static":
+            raise PlanError(f"{self.name}: expected dynamic attention_scales with float attention; got static")
         n = self.leading_tokens
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
             raise PlanError(f"leading_tokens of {self.name}: expected a positive integer or null; got {n!r}")
@@ -211,6 +224,7 @@ class Plan:
             f"{p.name:{width}}  {p.role:11}  {p.tier:9}  {p.activation}"
             + (f"  β={p.beta:g}" if p.beta else "")
             + (f"  δ={p.delta:g}" if p.delta else "")
+            + (f"  {p.compensation} compensation" if p.compensation != "none" else "")
             for p in self.layers
         ]
         return "\n".join(lines)
@@ -227,6 +241,9 @@ class QuantConfig:
         activations: exceptions from `activation`, in the same form.
         activation, attention, per_channel, equalize, half_dtype: as in `LayerPlan`, `BlockPlan`, `Plan`.
         cls_only: one of `CLS_ONLY`: whether the last block may compute only the tokens that the head reads.
+        attention_scales: as in `BlockPlan`.
+        factorize_patches: factorised scales of the patch embedding, which need calibration data.
+        compensations: compensation where it is not "none", in the form of `tiers`.
     """
 
     tier: str = "int8"
@@ -238,6 +255,9 @@ class QuantConfig:
     equalize: bool = True
     half_dtype: str = "bfloat16"
     cls_only: str = "auto"
+    attention_scales: str = "dynamic"
+    factorize_patches: bool = False
+    compensations: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         _one_of("tier", self.tier, TIERS)
@@ -249,6 +269,9 @@ class QuantConfig:
         _one_of("attention", self.attention, ATTENTION)
         _one_of("half_dtype", self.half_dtype, HALF_DTYPES)
         _one_of("cls_only", self.cls_only, CLS_ONLY)
+        _one_of("attention_scales", self.attention_scales, ATTENTION_SCALES)
+        for pattern, compensation in self.compensations.items():
+            _one_of(f"compensation of {pattern!r}", compensation, COMPENSATIONS)
 
     def tier_of(self, name: str, role: str) -> str:
         """The tier, or "skip", of layer `name` with `role`."""
@@ -257,6 +280,10 @@ class QuantConfig:
     def activation_of(self, name: str, role: str) -> str:
         """The activation scale of layer `name` with `role`."""
         return _last_match(self.activations, name, role, self.activation)
+
+    def compensation_of(self, name: str, role: str) -> str:
+        """The compensation of layer `name` with `role`."""
+        return _last_match(self.compensations, name, role, "none")
 
     @staticmethod
     def from_dict(fields: dict) -> "QuantConfig":

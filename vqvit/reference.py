@@ -103,7 +103,7 @@ def int8_linear(
     """
     if a_scale.dim() == 2:
         y = _dequantized(_grouped_product(a, a_scale, b)[:, : b_scale.shape[0]], b_scale[None, :], bias)
-        return _epilogue(y, activation, layer_scale, residual, out_dtype)
+        return epilogue(y, activation, layer_scale, residual, out_dtype)
     acc = int8_mm(a, b)[:, : b_scale.shape[0]]
     if a_zero is not None:
         acc = acc - a_zero[:, None] * b_sum[None, :]
@@ -112,7 +112,7 @@ def int8_linear(
     if a_zero is not None and b_zero is not None:
         acc = acc + a.shape[-1] * a_zero[:, None] * b_zero[None, :]
     y = _dequantized(acc.float(), a_scale[:, None] * b_scale[None, :], bias)
-    return _epilogue(y, activation, layer_scale, residual, out_dtype)
+    return epilogue(y, activation, layer_scale, residual, out_dtype)
 
 
 def int8_linear_quantize(
@@ -285,7 +285,8 @@ def _dequantized(acc: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return acc * scale if bias is None else nm.fma(acc, scale, bias.float())
 
 
-def _epilogue(y, activation, layer_scale, residual, out_dtype):
+def epilogue(y, activation, layer_scale, residual, out_dtype):
+    """act(y) · layer_scale + residual of fp32 y (M, N), cast to `out_dtype`."""
     y = nm.activation(y, activation)
     if residual is not None:
         y = _add_residual(y, layer_scale, residual)

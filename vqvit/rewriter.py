@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vqvit import families
 from vqvit.families import BlockParts, NotABlock
-from vqvit.nn import EncoderBlock, HalfPatchEmbed, QuantLinear, QuantModule, QuantPatchEmbed
+from vqvit.nn import CompensatedPatchEmbed, EncoderBlock, HalfPatchEmbed, QuantLinear, QuantModule, QuantPatchEmbed
 from vqvit.nn.block import ROLES as BLOCK_ROLES
 from vqvit.nn.block import make_linear
 from vqvit.nn.leading import request_leading_tokens
@@ -98,7 +98,7 @@ def make_plan(model: nn.Module, config: QuantConfig) -> tuple[Plan, tuple[LayerR
             kept = ", ".join(role for role, tier in roles.items() if tier == "skip")
             skipped.append(LayerReport(name, "block", "skipped", f"kept its structure: {kept} skipped on request"))
             continue
-        blocks.append(BlockPlan(name, config.attention, returns_tuple))
+        blocks.append(BlockPlan(name, config.attention, returns_tuple, attention_scales=config.attention_scales))
         layers += [_layer_plan(f"{name}.{role}", role, roles[role], config) for role in BLOCK_ROLES]
         taken |= {id(m) for m in module.modules()}
     for name, module in model.named_modules():
@@ -339,7 +339,11 @@ def _classify(name: str, module: nn.Linear | nn.Conv2d, shared: set[int]) -> tup
 
 def _layer_plan(name: str, role: str, tier: str, config: QuantConfig) -> LayerPlan:
     activation = "per_token" if role == "patch_embed" else config.activation_of(name, role)  # numerics §8
-    return LayerPlan(name, role, tier, config.per_channel, activation=activation, equalize=config.equalize)
+    return LayerPlan(
+        name, role, tier, config.per_channel, activation=activation, equalize=config.equalize,
+        compensation=config.compensation_of(name, role),
+        factorized=config.factorize_patches and role == "patch_embed" and tier != "fp16",
+    )  # fmt: skip
 
 
 def _planned_block(modules: dict[str, nn.Module], block: BlockPlan) -> BlockParts:
@@ -357,7 +361,8 @@ def _replacement(layer: LayerPlan, module: nn.Linear | nn.Conv2d, half: torch.dt
         return make_linear(layer, weight, bias, half)
     if layer.tier == "fp16":
         return HalfPatchEmbed(layer, weight, bias, half)
-    return QuantPatchEmbed(layer, weight, bias)
+    kind = QuantPatchEmbed if layer.compensation == "none" else CompensatedPatchEmbed
+    return kind(layer, weight, bias)
 
 
 @functools.cache

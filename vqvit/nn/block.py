@@ -7,10 +7,12 @@ from torch.nn import functional as F
 from vqvit import numerics as nm
 from vqvit import ops
 from vqvit.families import BlockParts
+from vqvit.nn.compensated import CompensatedLinear
 from vqvit.nn.fused_block import ROLES, run_in_one_call, runs_in_one_call
 from vqvit.nn.leading import REQUEST
 from vqvit.nn.linear import Codes, HalfLinear, QuantLinear
 from vqvit.nn.module import QuantModule
+from vqvit.nn.static_attention import quantize_heads
 from vqvit.plan import BlockPlan, LayerPlan
 
 
@@ -43,6 +45,10 @@ class EncoderBlock(QuantModule):
         for role in ("layer_scale1", "layer_scale2"):
             parameter = getattr(parts, role)
             self.hold(**{role: None if parameter is None else parameter.detach().clone()})
+        static = plan.attention_scales == "static" and parts.fc1.weight.is_meta
+        scales = {f"{x}_scale": torch.empty(self.num_heads, device="meta") if static else None for x in "qkv"}
+        self.hold(**scales)  # on the meta device a checkpoint will fill them
+        self.head_observer = None
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
         """(B, S, D) to (B, S, D), or a 1-tuple of it where the replaced block returned tuples.
@@ -77,7 +83,7 @@ class EncoderBlock(QuantModule):
 
     def _queries(self, tokens: int, requested: bool) -> int:
         """Tokens whose result is computed; calibration observes all of them."""
-        observed = any(getattr(self, role).observer is not None for role in ROLES)
+        observed = self.head_observer is not None or any(getattr(self, role).observer is not None for role in ROLES)
         if self.plan.leading_tokens is None or not requested or observed:
             return tokens
         return min(self.plan.leading_tokens, tokens)
@@ -108,10 +114,9 @@ class EncoderBlock(QuantModule):
         """Attention of all heads for the first `queries` of S tokens, (B · queries, H · D) for attn_out: codes where it
         takes group scales. The projection is one GEMM for all of q, k and v.
         """
-        if self.plan.attention == "float" or isinstance(self.qkv, HalfLinear):
-            return self._attend_projected(self.qkv(normalized, out_dtype=dtype).view(batch, tokens, -1))
-        codes = normalized if isinstance(normalized, Codes) else self.qkv.quantize_input(normalized)
-        q, k, v, q_scale, k_scale, v_scale = self.qkv.forward_qkv(codes, tokens, self.num_heads)
+        if self.plan.attention == "float":
+            return self._attend_float(self.qkv(normalized, out_dtype=dtype).view(batch, tokens, -1))
+        q, k, v, q_scale, k_scale, v_scale = self._operands(normalized, batch, tokens, dtype)
         if queries < tokens:
             q, q_scale = q[:, :, :queries], q_scale[:, :, :queries]
         operands = (q, k, v, q_scale, k_scale, v_scale)
@@ -119,10 +124,15 @@ class EncoderBlock(QuantModule):
             return Codes(*ops.int8_attention_quantize(*operands, self.softmax_scale))
         return ops.int8_attention(*operands, self.softmax_scale, dtype).flatten(0, 1)
 
-    def _attend_projected(self, qkv: Tensor) -> Tensor:
-        if self.plan.attention == "int8":
-            operands = ops.quantize_qkv(qkv, self.num_heads)
-            return ops.int8_attention(*operands, self.softmax_scale, qkv.dtype).flatten(0, 1)
+    def _operands(self, normalized: Tensor | Codes, batch: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Codes and scales of q, k and v: from the projection's epilogue where that can quantize them."""
+        if self.plan.attention_scales == "static" or isinstance(self.qkv, HalfLinear | CompensatedLinear):
+            precision = dtype if isinstance(self.qkv, HalfLinear) else torch.float32
+            return quantize_heads(self, self.qkv(normalized, out_dtype=precision).view(batch, tokens, -1))
+        codes = normalized if isinstance(normalized, Codes) else self.qkv.quantize_input(normalized)
+        return self.qkv.forward_qkv(codes, tokens, self.num_heads)
+
+    def _attend_float(self, qkv: Tensor) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -156,7 +166,8 @@ def make_linear(plan: LayerPlan, weight: Tensor, bias: Tensor | None, half: torc
     """The module of `plan.tier` for a float weight (N, K)."""
     if plan.tier == "fp16":
         return HalfLinear(plan, weight, bias, half)
-    return QuantLinear(plan, weight, bias)
+    kind = QuantLinear if plan.compensation == "none" else CompensatedLinear
+    return kind(plan, weight, bias)
 
 
 def fold_equalizer(gamma: Tensor, beta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

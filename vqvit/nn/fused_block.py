@@ -9,10 +9,11 @@ ROLES = ("qkv", "attn_out", "fc1", "fc2")
 
 
 def runs_in_one_call(block) -> bool:
-    """Whether all linears of an `EncoderBlock` are int8, symmetric, per token and packed (for the CPU kernels) with no
-    hook that watches them, and attention is int8.
+    """Whether all linears of an `EncoderBlock` are int8, symmetric, per token, without compensation and packed (for the
+    CPU kernels) with no hook that watches them, and attention is int8 with dynamic scales.
     """
-    if block.plan.attention != "int8" or block.fc2.plan.delta != 0.0:
+    dynamic = block.plan.attention == "int8" and block.plan.attention_scales == "dynamic"
+    if not dynamic or block.fc2.plan.delta != 0.0:
         return False
     return all(_is_common(getattr(block, role)) for role in ROLES)
 
@@ -22,7 +23,9 @@ def _is_common(layer) -> bool:
         return False
     if layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    return layer.plan.activation == "per_token" and layer.plan.tier == "int8" and layer.packed
+    plan = layer.plan
+    plain = plan.activation == "per_token" and plan.tier == "int8" and plan.compensation == "none"
+    return plain and layer.packed
 
 
 def run_in_one_call(block, x: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ class FakeAttention(nn.Module):
     have 16 bits.
     """
 
-    def __init__(self, plan: BlockPlan, num_heads: int, softmax_scale: float):
+    def __init__(self, plan: BlockPlan, num_heads: int, head_width: int, softmax_scale: float):
         super().__init__()
-        self.plan, self.num_heads, self.softmax_scale = plan, num_heads, softmax_scale
+        self.plan, self.num_heads, self.head_width, self.softmax_scale = plan, num_heads, head_width, softmax_scale
         static = plan.attention == "int8" and plan.attention_scales == "static"
         for name in ("q", "k", "v"):
             parameter = nn.Parameter(torch.zeros(num_heads)) if static else None
@@ -35,37 +35,47 @@ class FakeAttention(nn.Module):
     def scale_parameters(self) -> list[nn.Parameter]:
         return [p for p in (self.log_q_alpha, self.log_k_alpha, self.log_v_alpha) if p is not None]
 
-    def calibrate_(self, scales: dict[str, Tensor]) -> None:
-        """Start the static scales (H,) of q, k and v from calibration."""
+    def calibrate_(self, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor) -> None:
+        """Start the static scales (H,) from calibration."""
         with torch.no_grad():
-            for name, scale in scales.items():
-                getattr(self, f"log_{name}_alpha").copy_(st.log_scale(scale))
+            for parameter, scale in zip(self.scale_parameters(), (q_scale, k_scale, v_scale), strict=True):
+                parameter.copy_(st.log_scale(scale))
         self.calibrated = True
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v (B, H, S, D) of packed projections (B, S, 3 H D)."""
         return tuple(qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0))
 
+    def quantize(self, qkv: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Values (B, H, S, D) that the codes of q, k and v stand for, and the codes int8."""
+        parts = zip("qkv", self.split(qkv), strict=True)
+        return [st.quantize(x, self.scale(name, x)) for name, x in parts]
+
     def scale(self, name: str, x: Tensor) -> Tensor:
         """The scale of `x` (B, H, S, D), one of q, k and v: broadcasts against it. Raises `UncalibratedError`."""
-        log_alpha = getattr(self, f"log_{name}_alpha")
-        if log_alpha is None:
+        if not self.is_static:
             x = x.detach()
             return nm.row_scale(x.transpose(-1, -2)).unsqueeze(-2) if name == "v" else nm.row_scale(x).unsqueeze(-1)
+        return dict(zip("qkv", self.static_scales(), strict=True))[name][:, None, None]
+
+    def static_scales(self) -> list[Tensor]:
+        """fp32 (H,) of q, k and v, with gradients; each serves the D channels of every token of its head. Raises
+        `UncalibratedError`.
+        """
         if not self.calibrated:
             raise UncalibratedError(
                 f"{self.plan.name}: expected calibrated static scales of q, k and v; got none. Pass calibration=... to "
                 "prepare_, or load a state dict."
             )
-        return st.learned_scale(log_alpha, x.shape[-1])[:, None, None]
+        return [st.learned_scale(parameter, self.head_width) for parameter in self.scale_parameters()]
 
     def forward(self, qkv: Tensor, blend: float) -> Tensor:
         """fp32 (B, S, 3 H D) to (B, S, H D); `blend` is λ of numerics §10 for q, k and v."""
         operands = self.split(qkv)
         if self.observer is not None:
-            self.observer.update(**dict(zip("qkv", operands, strict=True)))
+            self.observer.update(qkv)
         if self.plan.attention == "int8" and blend > 0.0:
-            fakes = [st.quantize(x, self.scale(name, x))[0] for name, x in zip("qkv", operands, strict=True)]
+            fakes = [values for values, _ in self.quantize(qkv)]
             pairs = zip(operands, fakes, strict=True)
             operands = fakes if blend == 1.0 else [torch.lerp(x, fake, blend) for x, fake in pairs]
         attended = F.scaled_dot_product_attention(*operands, scale=self.softmax_scale)

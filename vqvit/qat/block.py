@@ -38,7 +38,9 @@ class FakeEncoderBlock(nn.Module):
         for role in ("layer_scale1", "layer_scale2"):
             scale = getattr(parts, role)
             self.register_parameter(role, None if scale is None else nn.Parameter(scale.detach().clone()))
-        self.attention = FakeAttention(plan, parts.num_heads, parts.softmax_scale)
+        head_width = parts.attn_out.in_features // parts.num_heads
+        attention = FakeAttention(plan, parts.num_heads, head_width, parts.softmax_scale)
+        self.attention = attention.to(parts.fc1.weight.device)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
         """(B, S, D) to (B, S, D), or a 1-tuple of it where the replaced block returned tuples."""

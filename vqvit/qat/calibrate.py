@@ -11,9 +11,12 @@ from vqvit import numerics as nm
 from vqvit.batches import read_batch
 from vqvit.calibration import CalibrationError, RangeObserver
 from vqvit.evaluate import eval_mode
+from vqvit.factorize import input_factors
+from vqvit.head_ranges import HeadObserver
 from vqvit.qat import straight_through as st
 from vqvit.qat.attention import FakeAttention
 from vqvit.qat.linear import FakeQuantLinear
+from vqvit.reference import COMPENSATION_TERMS, quantize_residual
 
 SAMPLE_ROWS = 512
 """Rows of a layer's input on which candidates of β are compared."""
@@ -23,39 +26,25 @@ BETA_CANDIDATES = tuple(step / 8 for step in range(-16, 9))
 
 
 class LayerObserver:
-    """Range of a layer's input for static scales, and a uniform sample of at most `SAMPLE_ROWS` of its rows."""
+    """Ranges of a layer's input, whole and by channel, and a uniform sample of at most `SAMPLE_ROWS` of its rows."""
 
     def __init__(self, name: str):
         self.name = name
         self.range = RangeObserver(name)
         self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         self.rows: Tensor | None = None
+        self.reach: Tensor | None = None  # (K,) max|X_k|
         self.keys = torch.empty(0)
 
     def update(self, x: Tensor) -> None:
         """Take in a batch (M, K): rows with the largest random keys stay."""
         self.range.update(x)
+        reach = x.abs().amax(0)
+        self.reach = reach if self.reach is None else torch.maximum(self.reach, reach)
         keys = torch.cat([self.keys, torch.rand(len(x), generator=self.generator)])
         chosen = keys.topk(min(SAMPLE_ROWS, len(keys))).indices
         rows = x if self.rows is None else torch.cat([self.rows, x])
         self.rows, self.keys = rows[chosen.to(x.device)], keys[chosen]
-
-
-class HeadObserver:
-    """Running max|x| of each head (H,) of q, k and v."""
-
-    def __init__(self, name: str, num_heads: int):
-        self.heads = {part: [RangeObserver(f"{name}, {part} of head {h}") for h in range(num_heads)] for part in "qkv"}
-
-    def update(self, **operands: Tensor) -> None:
-        """Take in q, k and v (B, H, S, D)."""
-        for part, x in operands.items():
-            for head, observer in enumerate(self.heads[part]):
-                observer.update(x[:, head].flatten(0, -2))
-
-    def scales(self) -> dict[str, Tensor]:
-        """fp32 (H,) of q, k and v."""
-        return {part: torch.stack([o.scale(0.0) for o in observers]) for part, observers in self.heads.items()}
 
 
 @torch.no_grad()
@@ -97,15 +86,20 @@ def _run(model: nn.Module, calibration: Iterable, progress: bool) -> None:
 
 def _start(layers: dict[str, FakeQuantLinear], heads: dict[str, FakeAttention], progress: bool) -> None:
     for attention in heads.values():
-        attention.calibrate_(attention.observer.scales())
+        attention.calibrate_(*attention.observer.scales())
     for name, layer in tqdm(layers.items(), desc="weight scales", unit="layer", disable=not progress):
         observer = layer.observer
         if observer.rows is None:
             raise CalibrationError(f"calibration: expected {name} to run on the calibration data; it did not")
         if layer.log_input_alpha is not None:
             layer.calibrate_input_(observer.range.scale(layer.base_plan.delta))
+        rows = observer.rows
+        if layer.base_plan.factorized:
+            factors = input_factors(observer.reach, layer.weight)
+            layer.factorize_(factors)
+            rows = rows / factors
         if layer.log_alpha is not None or layer.beta is not None:
-            _start_weight_scale(layer, observer.rows)
+            _start_weight_scale(layer, rows)
 
 
 def _start_weight_scale(layer: FakeQuantLinear, rows: Tensor) -> None:
@@ -124,14 +118,23 @@ def _start_weight_scale(layer: FakeQuantLinear, rows: Tensor) -> None:
 
 def output_errors(layer: FakeQuantLinear, rows: Tensor, betas: Iterable[float]) -> Tensor:
     """fp32 (candidates, N): Σ over rows (R, K) of the squared error of each output channel, x̂ Ŵᵀ against x Wᵀ."""
-    seen, weight = layer.quantize_input(rows.float()).values, layer.weight.detach()
-    exact = rows.float() @ weight.t()
+    rows, weight = rows.float(), layer.weight.detach()
+    activation_term, weight_term, _ = COMPENSATION_TERMS[layer.base_plan.compensation]
+    seen = layer.quantize_input(rows)
+    seen = _with_residual(rows, seen.codes, seen.scale) if activation_term else seen.values
+    exact = rows @ weight.t()
     errors = []
     for beta in betas:
         scale = _scale(layer, beta)
-        quantized = nm.dequantize(nm.quantize_weight(weight, scale), scale)
+        codes = nm.quantize_weight(weight, scale)
+        quantized = _with_residual(weight, codes, scale) if weight_term else nm.dequantize(codes, scale)
         errors.append((seen @ quantized.t() - exact).square().sum(0))
     return torch.stack(errors)
+
+
+def _with_residual(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """α (q + R / 254), what codes and residual codes stand for (numerics §6)."""
+    return nm.dequantize(codes + quantize_residual(x, codes, scale) / nm.RESIDUAL_STEPS, scale)
 
 
 def _scale(layer: FakeQuantLinear, beta: float) -> Tensor:

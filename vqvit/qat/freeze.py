@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from vqvit import shortcut
-from vqvit.nn import EncoderBlock, QuantModule
+from vqvit.nn import CompensatedLinear, EncoderBlock, QuantModule
 from vqvit.nn.block import ROLES
 from vqvit.qat.block import FakeEncoderBlock
-from vqvit.qat.linear import FakeQuantLinear
+from vqvit.qat.linear import FakePatchEmbed, FakeQuantLinear
 from vqvit.qat.prepare import plan_of, prepared_modules, unprepare_
 from vqvit.rewriter import Report, apply_plan, restore, swap
 
@@ -51,6 +51,9 @@ def _fill_block(block: EncoderBlock, fake: FakeEncoderBlock) -> None:
     for role in ("layer_scale1", "layer_scale2"):
         scale = getattr(fake, role)
         setattr(block, role, None if scale is None else scale.detach().clone())
+    if fake.attention.is_static:
+        scales = (scale.detach().clone() for scale in fake.attention.static_scales())
+        block.q_scale, block.k_scale, block.v_scale = scales
     for role in ROLES:
         _fill_layer(getattr(block, role), getattr(fake, role))
 
@@ -66,12 +69,16 @@ def _fill_layer(layer: QuantModule, fake: FakeQuantLinear) -> None:
         return
     layer.plan = plan
     layer.zero_point = weight.zero_point
+    if isinstance(layer, CompensatedLinear) and layer.residual is not None:
+        layer.residual = fake.weight_residual(weight)
     repack = layer.packed
     layer.unpack_()
     layer.codes, layer.scale = weight.codes, weight.scale.detach().clone()
     if layer.code_sum is not None:
         layer.code_sum = weight.codes.sum(-1, dtype=torch.int32)
     layer.bias = None if fake.bias is None else fake.bias.detach().clone()
+    if isinstance(fake, FakePatchEmbed):
+        layer.equalizer = None if fake.equalizer is None else fake.equalizer.clone()
     layer.input_scale = None if fake.log_input_alpha is None else fake.input_scale().detach().clone()
     if repack:
         layer.pack_()

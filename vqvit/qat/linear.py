@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from vqvit import numerics as nm
 from vqvit.nn.linear import UncalibratedError
+from vqvit.nn.patch_embed import cut_patches
 from vqvit.plan import LayerPlan, PlanError
 from vqvit.qat import straight_through as st
 from vqvit.qat.options import QatOptions
@@ -27,7 +28,8 @@ class Fake(NamedTuple):
 class FakeQuantLinear(nn.Module):
     """y = x Wᵀ + b on x + λ (x̂ - x) and W + λ (Ŵ - W), λ = `blend` (numerics §10).
 
-    With λ = 1 the product is that of the codes, exact, before the scales and the bias; with λ = 0 the layer is float.
+    With λ = 1 the product is that of the codes, exact, before the scales and the bias, and the `fp16` tier rounds
+    operands and result to half precision; with λ = 0 the layer is float.
     Parameters: weight fp32 (N, K); bias (N,) or None; log_alpha (N,), or (1,) per tensor, the logarithm of the
     symmetric weight scale, or beta (), the spread term that gives it; delta () for per-token inputs; log_input_alpha
     () for static ones; mu () where the compensation has its term. What a tier does not use is None.
@@ -163,6 +165,8 @@ class FakeQuantLinear(nn.Module):
             y = F.linear(*(torch.lerp(exact, fake, self.blend) for exact, fake in pairs))
         if self.bias is not None:
             y = y + self.bias
+        if self.base_plan.tier == "fp16" and self.blend == 1.0:
+            y = st.straight_through(y, y.detach().to(self.half_dtype).float())
         return y.view(*x.shape[:-1], self.out_features)
 
     def _in_half(self, x: Tensor) -> Fake:
@@ -206,6 +210,9 @@ class FakeQuantLinear(nn.Module):
         acc = st.code_product(quantize_residual(x, a.codes, a.scale), self.weight_residual(b))
         return acc.float() / nm.RESIDUAL_STEPS**2 * (a.scale[:, None] * b.scale)
 
+    def unfold_(self) -> None:
+        """Only a patch embedding has a factor in its weight."""
+
     def weight_residual(self, weight: Fake) -> Tensor:
         """int8 (N, K): what the symmetric codes of the weight leave over, in units of α / 254 (numerics §6)."""
         return quantize_residual(self.weight.detach(), weight.codes, weight.scale.detach())
@@ -221,22 +228,35 @@ class FakeQuantLinear(nn.Module):
 
 
 class FakePatchEmbed(FakeQuantLinear):
-    """The patch embedding, (B, C, Ht, Wd) to (B, N, Ht/ph, Wd/pw): a linear layer on patches with a scale each."""
+    """The patch embedding, (B, C, Ht, Wd) to (B, N, Ht/ph, Wd/pw): a linear layer on patches with a scale each.
+
+    With a factorised plan, the buffer `equalizer` fp32 (K,) is multiplied into the patches.
+    """
 
     def __init__(self, plan: LayerPlan, weight: Tensor, bias: Tensor | None, half: torch.dtype, options: QatOptions):
         """`weight` is the convolution's (N, C, ph, pw)."""
         super().__init__(plan, weight.flatten(1), bias, half, options)
         self.channels, self.patch = weight.shape[1], tuple(weight.shape[2:])
+        self.register_buffer("equalizer", torch.ones_like(self.weight[0].detach()) if plan.factorized else None)
 
     @property
     def activation(self) -> str:
         return "per_token"
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if pixels.dim() != 4 or pixels.shape[1] != self.channels:
-            expected = f"images (B, {self.channels}, height, width)"
-            raise ValueError(f"{self.base_plan.name}: expected {expected}; got {tuple(pixels.shape)}")
-        (height, width), (ph, pw) = pixels.shape[2:], self.patch
-        grid = pixels.unflatten(2, (height // ph, ph)).unflatten(4, (width // pw, pw))
-        rows = grid.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, Ht/ph, Wd/pw, C · ph · pw)
+        rows = cut_patches(self.base_plan.name, pixels, self.channels, self.patch)
+        rows = rows if self.equalizer is None else rows.float() * self.equalizer
         return super().forward(rows).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def factorize_(self, factors: Tensor) -> None:
+        """Divide the patches by c_k (K,) and multiply the weight's columns by it (numerics §8)."""
+        self.weight.mul_(factors)
+        self.equalizer = self.equalizer / factors
+
+    @torch.no_grad()
+    def unfold_(self) -> None:
+        """Give the weight back what `factorize_` moved into it."""
+        if self.equalizer is not None:
+            self.weight.mul_(self.equalizer)
+            self.equalizer = None

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from vqvit.plan import Plan, PlanError
+from vqvit.qat.attention import FakeAttention
 from vqvit.qat.block import FakeEncoderBlock
 from vqvit.qat.calibrate import calibrate
 from vqvit.qat.linear import FakePatchEmbed, FakeQuantLinear
@@ -71,6 +72,11 @@ def fake_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
 
 
+def fake_attentions(model: nn.Module) -> dict[str, FakeAttention]:
+    """The quantizers of q, k and v by the names of the plan's blocks."""
+    return {name: module.attention for name, module in model.named_modules() if isinstance(module, FakeEncoderBlock)}
+
+
 def plan_of(model: nn.Module) -> Plan:
     """The plan of a prepared model, with its current tiers and what was learned of beta, delta and mu.
 
@@ -86,13 +92,19 @@ def plan_of(model: nn.Module) -> Plan:
 def retier_(model: nn.Module, layer_name: str, tier: str) -> None:
     """Give a layer of a prepared model another tier, with the weight that it has now.
 
-    Scales that the new tier does not use are dropped, those that it uses anew start from the plan; optimizers must be
-    built again. Raises `PlanError` for a tier that does not fit the layer.
+    Only `int8` has compensation. Scales that the new tier does not use are dropped, those that it uses anew start from
+    the plan; optimizers must be built again. Raises `PlanError` for a tier that does not fit the layer.
     """
     layers = fake_layers(model)
     if layer_name not in layers:
         raise PlanError(f"retier_: expected a layer among {', '.join(layers)}; got {layer_name!r}")
-    layers[layer_name].adopt_(dataclasses.replace(layers[layer_name].plan, tier=tier))
+    layer = layers[layer_name]
+    plan = layer.plan
+    compensation = plan.compensation if tier == "int8" else "none"
+    factorized = plan.factorized and tier != "fp16"
+    layer.adopt_(dataclasses.replace(plan, tier=tier, compensation=compensation, factorized=factorized))
+    if plan.factorized and not factorized:
+        layer.unfold_()
 
 
 def _require_float(model: nn.Module) -> None:

@@ -3,10 +3,12 @@
 For x̂ = α q with q = clamp(rne(x / α), -Q, Q), Q = 127, and an upstream gradient g (numerics §10; LSQ is Esser et al.,
 2020):
 
-    ∂x̂/∂x = 1 where |x / α| <= Q, else 0
-    ∂x̂/∂α = q - x / α where |x / α| <= Q, else q = ±Q
+    ∂x̂/∂x = 1 inside the range, else 0
+    ∂x̂/∂α = q - x / α inside the range, else q = ±Q
 
-A range that is read off x itself (per token, per group, with a zero point) is a constant for the gradient of x.
+Inside is where rounding needs no clamp, |x / α| < Q + 1/2: the largest element of a row, which has x / α = Q up to a
+rounding of α, is then inside whatever that rounding was. A range that is read off x itself (per token, per group, or
+with a zero point) is a constant for the gradient of x.
 """
 
 import math
@@ -21,6 +23,10 @@ EXACT_K = 2**24 // nm.QMAX**2  # 1040
 """Longest sum of code products whose every partial sum is an integer that fp32 holds exactly, in any order."""
 
 
+EDGE = nm.QMAX + 0.5
+"""|x / α| from which on a code is clamped."""
+
+
 class _Lsq(Function):
     @staticmethod
     def forward(ctx, x, scale, codes):
@@ -31,7 +37,7 @@ class _Lsq(Function):
     def backward(ctx, grad):
         x, scale, codes = ctx.saved_tensors
         ratio = x / scale
-        inside = ratio.abs() <= nm.QMAX
+        inside = ratio.abs() < EDGE
         slope = codes - torch.where(inside, ratio, 0.0)
         return grad * inside, (grad * slope).sum_to_size(scale.shape), None
 

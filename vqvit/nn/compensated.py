@@ -1,0 +1,81 @@
+"""Linear layers whose product adds terms of the residual codes (numerics §6)."""
+
+import torch
+from torch import Tensor
+
+from vqvit import numerics as nm
+from vqvit import ops, reference
+from vqvit.nn.linear import Codes, QuantLinear
+from vqvit.nn.patch_embed import cut_patches, hold_equalizer
+from vqvit.plan import LayerPlan
+from vqvit.reference import COMPENSATION_TERMS
+
+
+class CompensatedLinear(QuantLinear):
+    """y = α_x α_W ∘ (x_q W_qᵀ + terms of R_x and R_W) + b; which terms, `plan.compensation` says.
+
+    Buffer: residual int8 (N, K), R_W = rne(254 (W - α W_q) / α), where a term needs it. The op has no epilogue beyond
+    the bias: activation, layer scale and residual stream follow in fp32, in the order of `QuantLinear`'s.
+    """
+
+    def __init__(self, plan: LayerPlan, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None):
+        super().__init__(plan, weight, bias, dtype)
+        activation_term, weight_term, second_order = COMPENSATION_TERMS[plan.compensation]
+        self.reads_input = activation_term or second_order
+        needed = weight_term or second_order
+        residual = reference.quantize_residual(weight, self.codes, self.scale) if needed else None
+        self.hold(residual=residual)
+
+    @property
+    def fuses_input(self) -> bool:
+        """Codes alone do not tell what they left over."""
+        return super().fuses_input and not self.reads_input
+
+    def pack_(self) -> None:
+        """The kernels of this product read plain weights."""
+
+    def forward(self, x: Tensor | Codes, activation="none", layer_scale=None, residual=None, out_dtype=None) -> Tensor:
+        if isinstance(x, Codes):
+            return self._compensated(x, None, activation, layer_scale, residual, out_dtype or self.dtype)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"{self.plan.name}: expected input (..., {self.in_features}); got {tuple(x.shape)}")
+        rows = x.reshape(-1, self.in_features)
+        y = self._from_rows(rows, activation, layer_scale, residual, out_dtype or x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def forward_codes(self, x: Codes, activation: str, consumer: QuantLinear) -> Codes:
+        return consumer.quantize_input(self.forward(x, activation, out_dtype=torch.float32))
+
+    def float_weight(self) -> Tensor:
+        """fp32 (N, K): what the codes stand for, with their residual where the product's first order has it."""
+        weight = super().float_weight()
+        if not COMPENSATION_TERMS[self.plan.compensation][1]:
+            return weight
+        return weight + nm.dequantize(self.residual, self.scale) / nm.RESIDUAL_STEPS
+
+    def _from_rows(self, rows: Tensor, activation, layer_scale, residual, out_dtype) -> Tensor:
+        x = self.quantize_input(rows)
+        rest = ops.quantize_residual(rows, x.codes, x.scale) if self.reads_input else None
+        return self._compensated(x, rest, activation, layer_scale, residual, out_dtype)
+
+    def _compensated(self, x: Codes, rest: Tensor | None, activation, layer_scale, residual, out_dtype) -> Tensor:
+        y = ops.int8_linear_compensated(
+            x.codes, x.scale, rest, self.codes, self.scale, self.residual, self.bias, self.plan.compensation,
+            self.plan.mu, torch.float32,
+        )  # fmt: skip
+        return reference.epilogue(y, activation, layer_scale, residual, out_dtype)
+
+
+class CompensatedPatchEmbed(CompensatedLinear):
+    """The patch embedding with compensation, (B, C, Ht, Wd) to (B, N, Ht/ph, Wd/pw), each patch one token."""
+
+    def __init__(self, plan: LayerPlan, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None):
+        """`weight` is the convolution's (N, C, ph, pw)."""
+        super().__init__(plan, weight.flatten(1), bias, dtype)
+        self.channels, self.patch = weight.shape[1], tuple(weight.shape[2:])
+        hold_equalizer(self)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        rows = cut_patches(self.plan.name, pixels, self.channels, self.patch)
+        rows = rows if self.equalizer is None else rows.float() * self.equalizer
+        return super().forward(rows, out_dtype=pixels.dtype).permute(0, 3, 1, 2)

@@ -3,13 +3,14 @@
 import copy
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 from progressive_cases import IMAGES, QUICK, classifier, sets, without_times
 
 import vqvit
-from vqvit import report, statistics
+from vqvit import qat, report, statistics
 from vqvit.plan import LayerPlan
 from vqvit.progressive import (
     Acceptance,
@@ -27,6 +28,7 @@ from vqvit.progressive.ranking import choose, initial_promotions, next_tier
 from vqvit.progressive.samples import hold_out, read_samples, require_disjoint
 from vqvit.progressive.student import Student
 from vqvit.progressive.tuning import Lesson, batches_of, tune
+from vqvit.qat import LossOptions
 from vqvit.rewriter import make_plan
 
 pytest.importorskip("sklearn")
@@ -361,18 +363,46 @@ def test_a_roll_back_restores_every_bit(model):
     assert all(torch.equal(after.tensors[name], tensor) for name, tensor in before.tensors.items())
 
 
-def test_tuning_brings_the_quantized_model_closer(model):
-    """Full batches of the same images: the divergence from the float model falls to less than half."""
-    plan, _ = make_plan(model, vqvit.QuantConfig())
+def test_tuning_finds_scales_again(model):
+    """Static input scales that are six times too large come back: the divergence falls to less than a third."""
+    plan, _ = make_plan(model, vqvit.QuantConfig(activation="static"))
     samples = read_samples("tune", [sets()[0][0][0][:32]])
     logits, student = logits_of(model, samples, 32), Student(model, plan, samples, 32)
     student.blend(dict.fromkeys(student.layers, 1.0))
-    lesson = Lesson(tuple(student.layers), samples, logits)
+    with torch.no_grad():
+        for layer in student.layers.values():
+            if layer.log_input_alpha is not None:
+                layer.log_input_alpha += math.log(6)
     wanted = {name: parameter.requires_grad for name, parameter in student.model.named_parameters()}
-    losses = tune(student, lesson, Tuning(scale_rate=1e-3, weight_rate=1e-4), 24, "seed", "test", False)
+    config = Tuning(learn=("scales",), scale_rate=0.1)
+    losses = tune(student, Lesson(tuple(student.layers), samples, logits), config, 24, "seed", "test", False)
     assert len(losses) == 24
-    assert divergence(logits, logits_of(student.model, samples, 32)) < 0.5 * losses[0]
+    assert divergence(logits, logits_of(student.model, samples, 32)) < losses[0] / 3
     assert {name: parameter.requires_grad for name, parameter in student.model.named_parameters()} == wanted
+    assert all(parameter.grad is None for parameter in student.model.parameters())
+
+
+def test_regularizers_are_part_of_the_loss(model):
+    plan, _ = make_plan(model, vqvit.QuantConfig())
+    samples = read_samples("tune", [sets()[0][0]])
+    student = Student(model, plan, samples, 64)
+    lesson = Lesson(tuple(student.layers), samples, logits_of(model, samples, 64))
+    found = {}
+    for name, options in {
+        "none": LossOptions(),
+        "paper": LossOptions(quant_weight=0.5),
+        "text": LossOptions(quant_weight=0.5, quant_reading="text"),
+        "smooth": LossOptions(smooth_weight=0.5),
+    }.items():
+        before = student.snapshot()
+        (found[name],) = tune(student, lesson, Tuning(regularizers=options), 1, "seed", "test", False)
+        student.load(before)
+    assert found["paper"] == pytest.approx(found["none"] + 0.5 * float(qat.quant_regularizer(student.model)), rel=1e-5)
+    text = float(qat.quant_regularizer(student.model, "text"))
+    assert found["text"] == pytest.approx(found["none"] + 0.5 * text, rel=1e-5)
+    assert found["smooth"] == pytest.approx(
+        found["none"] + 0.5 * float(qat.smooth_regularizer(student.model)), rel=1e-5
+    )
 
 
 def test_every_image_is_seen_once_an_epoch():
@@ -402,7 +432,9 @@ def test_the_paper_recipe(model):
     log = quantize_progressively_(model, *sets(), dataclasses.replace(chosen, config=quick))
     plan = {layer.name: layer for layer in log.plan.layers}
     assert not plan["vit.layers.0.fc1"].per_channel and plan["vit.layers.0.attn_out"].per_channel
-    assert {layer.compensation for layer in plan.values()} == {"paper"}
+    assert {layer.compensation for layer in plan.values() if layer.tier == "int8"} == {"paper"}
+    assert {block.attention_scales for block in log.plan.blocks} == {"static"}
+    assert [layer.factorized for layer in plan.values() if layer.role == "patch_embed"] == [True]
     assert {layer.activation for layer in plan.values() if layer.role == "fc2"} == {"static"}
     mixed = next(stage for stage in log.stages if stage.name == "QKV")
     assert [p.after for p in mixed.initial] == ["fp16"]  # of two layers, the one above the quantile 0.9

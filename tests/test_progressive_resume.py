@@ -14,7 +14,7 @@ import pytest
 import torch
 from progressive_cases import QUICK, classifier, sets, without_times
 
-from vqvit.progressive import ProgressiveError, RunLog, Tuning, quantize_progressively_
+from vqvit.progressive import ProgressiveError, RunLog, Tuning, quantize_progressively_, recipe
 from vqvit.progressive.workdir import RUN_FILE
 
 pytest.importorskip("sklearn")
@@ -119,6 +119,23 @@ def test_killed_while_it_writes(start, uninterrupted, tmp_path, monkeypatch, wri
     model = copy.deepcopy(start)
     log = quantize_progressively_(model, *sets(), CONFIG, workdir=tmp_path / "run", resume=True)
     require_same(model, log, uninterrupted)
+
+
+def test_the_paper_recipe_goes_on_too(start, tmp_path):
+    """Static scales, compensation, factorised patches and mixed precision are all in the snapshots."""
+    paper = recipe("paper")
+    quick = dataclasses.replace(paper.config.tuning, schedule=(1.0,), steps=1, final_steps=1)
+    config = dataclasses.replace(paper, config=dataclasses.replace(paper.config, tuning=quick, ranking_images=16))
+    straight, broken = copy.deepcopy(start), copy.deepcopy(start)
+    log = quantize_progressively_(straight, *sets(), config)
+    for steps in (8, 3, 1):  # into the attention output, the QKV stage and its promotion, and on
+        with pytest.raises(StopError):
+            quantize_progressively_(
+                broken, *sets(), config, workdir=tmp_path / "run", resume=True, watcher=StopAfter(steps)
+            )
+    resumed = quantize_progressively_(broken, *sets(), config, workdir=tmp_path / "run", resume=True)
+    assert any(stage.initial for stage in log.stages)
+    require_same(broken, resumed, (straight, log, []))
 
 
 CHILD = """

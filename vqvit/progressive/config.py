@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from vqvit.plan import TIERS, LayerPlan, Plan, QuantConfig
+from vqvit.qat import LossOptions
 from vqvit.rewriter import make_plan
 
 LEARNABLE = ("scales", "weights")
 
 OBJECTIVES = ("kl", "ce")
 """KL divergence from the float model's classes · cross entropy with the labels."""
-
-SCALE_TERMS = ("paper", "text")
-"""R_quant: Σ‖α‖, as the paper's formula has it · -Σ log α, as its words have it (numerics §10)."""
 
 TESTS = ("exact", "bootstrap", "raw")
 """What of the lost accuracy counts: its exact lower bound (McNemar) · its bootstrapped lower bound · all of it."""
@@ -71,8 +69,7 @@ class Tuning:
         weight_rate: that of weights and biases, as a share of the weight's root mean square.
         learn: what is trained, of `LEARNABLE`.
         objective: one of `OBJECTIVES`.
-        scale_weight, scale_term: factor λ₁ of R_quant, and which of `SCALE_TERMS`.
-        smooth_weight: factor λ₂ of R_smooth, the total variation of patch kernels and position embeddings.
+        regularizers: factors λ₁ of R_quant and λ₂ of R_smooth (`vqvit.qat.losses`).
     """
 
     schedule: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
@@ -83,9 +80,7 @@ class Tuning:
     weight_rate: float = 3e-5
     learn: tuple[str, ...] = LEARNABLE
     objective: str = "kl"
-    scale_weight: float = 0.0
-    scale_term: str = "paper"
-    smooth_weight: float = 0.0
+    regularizers: LossOptions = field(default_factory=LossOptions)
 
     def __post_init__(self):
         if not self.schedule or self.schedule[-1] != 1.0 or list(self.schedule) != sorted(set(self.schedule)):
@@ -95,11 +90,10 @@ class Tuning:
         for name, least in (("steps", 0), ("final_steps", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ProgressiveError(f"{name}: expected at least {least}; got {getattr(self, name)}")
-        for name in ("scale_rate", "weight_rate", "scale_weight", "smooth_weight"):
+        for name in ("scale_rate", "weight_rate"):
             if not getattr(self, name) >= 0:
                 raise ProgressiveError(f"{name}: expected at least 0; got {getattr(self, name)}")
         _one_of("objective", self.objective, OBJECTIVES)
-        _one_of("scale_term", self.scale_term, SCALE_TERMS)
         for name in self.learn:
             _one_of("learn", name, LEARNABLE)
 
@@ -172,6 +166,8 @@ class ProgressiveConfig:
         fields = dict(fields)
         if "stages" in fields:
             fields["stages"] = tuple(_build(Stage, stage) for stage in fields["stages"])
+        if isinstance(tuning := fields.get("tuning"), Mapping) and "regularizers" in tuning:
+            fields["tuning"] = {**tuning, "regularizers": _build(LossOptions, tuning["regularizers"])}
         for name, cls in (("tuning", Tuning), ("acceptance", Acceptance)):
             if name in fields:
                 fields[name] = _build(cls, fields[name])
@@ -195,8 +191,7 @@ class Recipe:
         return dataclasses.replace(plan, layers=tuple(self._changed(layer) for layer in plan.layers))
 
     def _changed(self, layer: LayerPlan) -> LayerPlan:
-        changes = {**self.changes.get("", {}), **self.changes.get(layer.role, {})}
-        return dataclasses.replace(layer, **changes)
+        return dataclasses.replace(layer, **self.changes.get(layer.role, {}))
 
 
 def recipe(name: str) -> Recipe:
@@ -230,16 +225,17 @@ PRESETS = {
     "paper": Recipe(
         ProgressiveConfig(
             stages=_PAPER_STAGES,
-            tuning=Tuning(objective="ce", scale_weight=1e-4, smooth_weight=1e-4),
+            tuning=Tuning(objective="ce", regularizers=LossOptions(1e-4, "paper", 1e-4)),
             acceptance=Acceptance(tolerance=0.005, test="raw", kl_limit=None),
         ),
-        QuantConfig(activation="static", equalize=False),
-        {
-            "": {"compensation": "paper"},
-            "fc1": {"per_channel": False},
-            "fc2": {"per_channel": False},
-            "patch_embed": {"equalize": True},
-        },
+        QuantConfig(
+            activation="static",
+            equalize=False,
+            attention_scales="static",
+            factorize_patches=True,
+            compensations={"*": "paper"},
+        ),
+        {"fc1": {"per_channel": False}, "fc2": {"per_channel": False}},
     ),
 }
 """`default`: scales for each channel and token, small learning rates, close to the float model. `paper`: the paper's

@@ -31,6 +31,23 @@ class Student:
     def layers(self) -> dict[str, qat.FakeQuantLinear]:
         return qat.fake_layers(self.model)
 
+    @property
+    def has_scales(self) -> bool:
+        """Whether there is a scale for R_quant: not where everything is in half precision or asymmetric."""
+        learned = ("log_alpha", "beta", "log_input_alpha")
+        static = any(attention.is_static for attention in qat.fake_attentions(self.model).values())
+        return static or any(getattr(layer, name) is not None for layer in self.layers.values() for name in learned)
+
+    def scale_parameters(self, layers: tuple[str, ...]) -> list[nn.Parameter]:
+        """What the quantizers of some layers learn; attention's learn with the QKV layer of their block."""
+        found, attentions = [], qat.fake_attentions(self.model)
+        for name, layer in self.layers.items():
+            block, _, role = name.rpartition(".")
+            if name in layers:
+                found += layer.scale_parameters()
+                found += attentions[block].scale_parameters() if role == "qkv" and block in attentions else []
+        return found
+
     def blend(self, blends: dict[str, float]) -> None:
         """λ of each layer: 0 is float, 1 quantized. Attention's quantizers follow the QKV layer."""
         layers = self.layers

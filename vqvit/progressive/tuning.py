@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
+from vqvit import qat
 from vqvit.evaluate import forward, pick_output
 from vqvit.progressive.config import ProgressiveError, Tuning
 from vqvit.progressive.samples import Samples
@@ -64,10 +64,14 @@ def _loss(student: Student, lesson: Lesson, index: Tensor, config: Tuning) -> Te
     batch = lesson.samples.take(index)
     logits, _ = pick_output(forward(student.model, batch))
     if config.objective == "ce":
-        loss = F.cross_entropy(logits, batch.labels.to(logits.device))
+        loss = qat.cross_entropy(logits, batch.labels.to(logits.device))
     else:
-        reference = lesson.logits[index].to(logits.device)
-        loss = F.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), reduction="batchmean", log_target=True)
+        loss = qat.kl_to_float(logits, lesson.logits[index].to(logits.device))
+    chosen = config.regularizers
+    if chosen.quant_weight and student.has_scales:
+        loss = loss + chosen.quant_weight * qat.quant_regularizer(student.model, chosen.quant_reading)
+    if chosen.smooth_weight:
+        loss = loss + chosen.smooth_weight * qat.smooth_regularizer(student.model)
     return loss
 
 
@@ -75,12 +79,11 @@ def _parameters(student: Student, layers: tuple[str, ...], config: Tuning) -> li
     """Groups for the optimizer, those with a learning rate: all scales; weight and bias of each layer, whose rate is
     relative to the root mean square of the weight.
     """
-    modules = [student.layers[name] for name in layers]
     groups = []
     if "scales" in config.learn and config.scale_rate > 0:
-        groups.append({"params": [p for m in modules for p in m.scale_parameters()], "lr": config.scale_rate})
+        groups.append({"params": student.scale_parameters(layers), "lr": config.scale_rate})
     if "weights" in config.learn and config.weight_rate > 0:
-        for module in modules:
+        for module in (student.layers[name] for name in layers):
             size = float(module.weight.detach().square().mean().sqrt())
             groups.append({"params": module.weight_parameters(), "lr": config.weight_rate * size})
     return [group for group in groups if group["params"]]

@@ -70,21 +70,21 @@ def quantize(arguments: argparse.Namespace, model, config):
 
 
 def write(arguments: argparse.Namespace, log) -> dict:
-    """The log beside the checkpoint, and the report where it was asked for. Returns the log's fields."""
+    """The log beside the checkpoint, and the report where it was asked for. Returns the log for the result."""
     from vqvit import report
     from vqvit.progressive import document
 
     log.save(Path(arguments.output) / LOG_FILE)
     if arguments.report:
         report.write(document(log), arguments.report)
-    return log.to_dict()
+    return {"log": log.to_dict()}
 
 
-def to_text(log: dict) -> str:
+def to_text(result: dict) -> str:
     from vqvit import report
     from vqvit.progressive import RunLog, document
 
-    return report.to_text(document(RunLog.from_dict(log)))
+    return report.to_text(document(RunLog.from_dict(result["log"])))
 
 
 def _recipe(arguments: argparse.Namespace):

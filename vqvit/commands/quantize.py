@@ -87,7 +87,7 @@ def to_text(result: dict) -> str:
     from vqvit.report import text_table
 
     size = f"{result['source_bytes'] / 1e6:.2f} MB -> {result['bytes'] / 1e6:.2f} MB ({result['ratio']:.3f})"
-    if "stages" in result:
+    if "log" in result:
         return f"{progressive.to_text(result)}\n\n{result['output']}: {size}"
     rows = [
         [layer["name"], layer["role"], layer["status"], "x".join(map(str, layer["shape"])), layer["reason"]]

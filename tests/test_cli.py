@@ -43,10 +43,10 @@ def float_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """A folder with two images for each of three classes."""
+    """A folder with three images for each of three classes."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    for index in range(6):
+    for index in range(9):
         path = folder / f"class{index % CLASSES}" / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
@@ -83,12 +83,17 @@ def test_quantize_options(capsys, float_folder, images, tmp_path):
     config.write_text(json.dumps({"attention": "float", "tiers": {"fc1": "int8_asym"}}))
     status, result, _ = run(
         capsys, "quantize", float_folder, str(tmp_path / "out"), "--config", str(config), "--set", "head=skip",
-        "--set", "*.0.fc2=fp16", "--activation", "static", "--calibration", images, "--images", "4",
+        "--set", "*.0.fc2=fp16", "--activation", "static", "--calibration", images, "--images", "8",
+        "--observer", "percentile:99.9", "--calibration-state", str(tmp_path / "state"), "--batch-size", "1",
     )  # fmt: skip
     assert status == 0
     by_role = {(layer["role"], layer["tier"]) for layer in result["plan"]["layers"]}
     assert ("fc1", "int8_asym") in by_role and ("fc2", "fp16") in by_role and ("fc2", "int8") in by_role
     assert "head" not in {role for role, _ in by_role}
+    assert {layer["observer"] for layer in result["plan"]["layers"]} == {"percentile:99.9"}
+    ranges = json.loads((tmp_path / "out" / "vqvit.json").read_text())["ranges"]
+    assert len(ranges) == 7 and {layer["observer"] for layer in ranges.values()} == {"percentile:99.9"}
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "out"}, "the state goes once the ranges are known"
     assert {block["attention"] for block in result["plan"]["blocks"]} == {"float"}
     status, scores, _ = run(capsys, "eval", str(tmp_path / "out"), "--data", images, "--reference", float_folder)
     assert status == 0 and scores["cosine_mean"] > 0.98
@@ -143,7 +148,7 @@ def test_quantize_keeps_the_image_processor(float_folder, tmp_path):
 
 def test_eval(capsys, float_folder, quantized_folder, images):
     status, scores, _ = run(capsys, "eval", quantized_folder, "--data", images, "--reference", float_folder)
-    assert status == 0 and scores["images"] == 6
+    assert status == 0 and scores["images"] == 9
     assert 0 <= scores["top1"] <= 1 and scores["cosine_mean"] > 0.98 and scores["sqnr_db"] > 15
     status, scores, _ = run(capsys, "eval", float_folder, "--data", images, "--no-labels", "--reference", float_folder)
     assert status == 0 and scores["top1"] is None and scores["sqnr_db"] == "inf"
@@ -302,6 +307,8 @@ def test_demo(capsys, tmp_path):
 def test_text_of_every_command_is_for_people(capsys, command, float_folder, quantized_folder, images, tmp_path):
     argv = {
         "quantize": [float_folder, str(tmp_path / "out")],
+        "sensitivity": [float_folder, "--data", images, "--damage", "none"],
+        "plan": ["diff", quantized_folder, quantized_folder],
         "eval": [quantized_folder, "--data", images],
         "bench": [quantized_folder, "--batch", "1", "--seconds", "0.05"],
         "tune": [quantized_folder, "--predict", "a100", "--batch", "1", "--output", str(tmp_path / "table.json")],
@@ -323,6 +330,11 @@ BAD_QUANTIZE = {
     "unknown tier": (["{float}", "{tmp}/out", "--tier", "int9"], "expected one of int8, int8_asym, fp16; got 'int9'"),
     "unknown activation": (["{float}", "{tmp}/out", "--activation", "x"], "expected one of per_token"),
     "bad setting": (["{float}", "{tmp}/out", "--set", "head"], "expected LAYER=TIER; got 'head'"),
+    "unknown observer": (["{float}", "{tmp}/out", "--observer", "x"], "observer: expected one of ema, max, percentile"),
+    "few images": (
+        ["{float}", "{tmp}/out", "--activation", "static", "--calibration", "{images}", "--images", "7"],
+        "expected at least 8 images for static scales; got 7",
+    ),
     "no calibration": (["{float}", "{tmp}/out", "--activation", "static"], "expected batches .*got calibration=None"),
     "calibration without images": (
         ["{float}", "{tmp}/out", "--activation", "static", "--calibration", "{tmp}"],
@@ -336,9 +348,9 @@ BAD_QUANTIZE = {
 
 
 @pytest.mark.parametrize("kind", BAD_QUANTIZE)
-def test_quantize_errors_leave_nothing(capsys, kind, float_folder, quantized_folder, tmp_path):
+def test_quantize_errors_leave_nothing(capsys, kind, float_folder, quantized_folder, images, tmp_path):
     argv, message = BAD_QUANTIZE[kind]
-    names = {"float": float_folder, "w8a8": quantized_folder, "tmp": str(tmp_path)}
+    names = {"float": float_folder, "w8a8": quantized_folder, "images": images, "tmp": str(tmp_path)}
     status, result, err = run(capsys, "quantize", *(a.format(**names) for a in argv))
     assert (status, result) == (2, None)
     check_error(err, message)

@@ -94,6 +94,20 @@ def test_codes_are_enough_for_the_weight_term():
     assert torch.equal(got.codes, consumer.quantize_input(layer(x, "gelu")).codes)
 
 
+def test_other_codes_come_with_their_residual():
+    layer, weight, bias = layer_of("full")
+    scale = layer.scale * 1.5
+    codes = torch.round(weight / scale[:, None]).to(torch.int8)
+    with pytest.raises(ValueError, match="expected the residual codes of the new codes"):
+        layer.assign_(codes, scale)
+    layer.assign_(codes, scale, residual=reference.quantize_residual(weight, codes, scale))
+    x = torch.randn(5, 70)
+    assert relative_error(layer(x), torch.nn.functional.linear(x, weight, bias)) < 1e-4
+    other, *_ = layer_of("activation")
+    with pytest.raises(ValueError, match="expected no residual codes"):
+        other.assign_(codes, scale, residual=codes)
+
+
 def test_shapes():
     layer, _, _ = layer_of("full")
     assert layer(torch.randn(2, 3, 70)).shape == (2, 3, 9)

@@ -102,6 +102,22 @@ def test_limit_takes_even_steps(tmp_path, limit, expected):
     assert len(batches) == len(list(batches))
 
 
+@pytest.mark.parametrize("limit, expected", [(None, [1, 4, 5, 9]), (2, [1, 5])])
+def test_chosen_images(tmp_path, limit, expected):
+    for index in range(10):
+        write_image(tmp_path / f"{index}.png", index)
+    batches = open_images(tmp_path, plain, batch_size=3, limit=limit, indices=[1, 4, 5, 9])
+    assert values(batches) == batches.indices == expected and batches.images == len(expected)
+
+
+@pytest.mark.parametrize("indices", [[], [3, 3], [2, 1], [-1, 2], [1, 10], range(11)])
+def test_indices_are_checked(tmp_path, indices):
+    for index in range(10):
+        write_image(tmp_path / f"{index}.png", index)
+    with pytest.raises(DataError, match="expected ascending numbers from 0 to 9; got"):
+        open_images(tmp_path, plain, indices=indices)
+
+
 def test_resize_normalises(tmp_path):
     image = Image.new("RGB", (40, 20), (255, 0, 51))
     (pixels,) = Resize(SIZE, mean=(0.5, 0.5, 0.0), std=(0.5, 0.5, 1.0))([image])

@@ -67,7 +67,7 @@ def model(request) -> nn.Module:
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.randn(3, 3, 32, 32)
+    return torch.randn(8, 3, 32, 32)
 
 
 def output(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -325,7 +325,7 @@ def test_static_scales_need_calibration(images):
         "expected at least one batch; got none": [],
         "expected a tensor, a dict of model inputs": ["images"],
         "expected finite images; got NaN or Inf": [torch.full((1, 3, 32, 32), torch.nan)],
-        "Input image size": [torch.randn(1, 3, 48, 48)],
+        "Input image size": [torch.randn(8, 3, 48, 48)],
     }
     for message, batches in bad.items():
         with pytest.raises(ValueError, match=message):
@@ -344,7 +344,7 @@ def test_uncalibrated_layer_says_so(images):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda x: x, lambda x: {"pixel_values": x}, lambda x: (x, torch.zeros(3, dtype=torch.long))]
+    "make", [lambda x: x, lambda x: {"pixel_values": x}, lambda x: (x, torch.zeros(8, dtype=torch.long))]
 )
 def test_calibration_batches(images, make):
     model = vit().eval()

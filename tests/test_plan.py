@@ -1,5 +1,6 @@
 """Plans are values: JSON round trip, and errors for everything else."""
 
+import dataclasses
 import json
 
 import pytest
@@ -90,6 +91,27 @@ def test_bad_configurations(fields):
         QuantConfig.from_dict(fields)
 
 
+def test_diff_names_what_changed():
+    tier = dataclasses.replace(PLAN.layers[0], tier="fp16", beta=0.5)
+    other = Plan(
+        (BlockPlan("layers.0", "float"), BlockPlan("layers.1")),
+        (tier, *PLAN.layers[1:-1], LayerPlan("pooler", "linear")),
+        "float16",
+    )
+    assert PLAN.diff(PLAN) == ()
+    assert [str(change) for change in PLAN.diff(other)] == [
+        "plan: half_dtype bfloat16 -> float16",
+        "layers.0.qkv: tier int8 -> fp16",
+        "layers.0.qkv: beta 0.0 -> 0.5",
+        "head: tier int8_asym -> float",
+        "layers.0: attention int8 -> float",
+        "pooler: tier float -> int8",
+        "layers.1: tier float -> replaced",
+    ]
+    back = {(c.name, c.option, c.after, c.before) for c in other.diff(PLAN)}
+    assert back == {(c.name, c.option, c.before, c.after) for c in PLAN.diff(other)}
+
+
 def small_vit() -> nn.Module:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     return transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=8), add_pooling_layer=False)
@@ -103,9 +125,17 @@ def test_a_plan_is_applied_exactly():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks": [{"name": "layers.4"}]}, "expected a block of this model; got 'layers.4'"),
+        ({"blocks": [{"name": "layers.4"}]}, r"expected a block of this model \(layers\.0\); got 'layers.4'"),
         ({"blocks": [{"name": "layernorm"}]}, "expected layernorm to be a transformer block; it is not: no"),
         ({"layers": []}, r"expected every layer of block layers\.0; layers\.0\.qkv"),
+        (
+            {"layers": [{"name": "layers.0.qvk", "role": "qkv"}]},
+            r"a layer of this model \(layers\.0\.qkv, .*, embeddings.*projection\); got 'layers\.0\.qvk'",
+        ),
+        (
+            {"layers": [{"name": f"layers.0.{r}", "role": "fc1"} for r in ("qkv", "attn_out", "fc1", "fc2")]},
+            r"expected role qkv of layers\.0\.qkv; got 'fc1'",
+        ),
         ({"blocks": []}, r"expected a layer of this model .*layers\.0\.mlp\.fc1.*; got 'layers\.0\.qkv'"),
     ],
 )

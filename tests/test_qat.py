@@ -1,11 +1,13 @@
 """Training modules compute on the codes of the integer modules, and freeze into them."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 import transformers
+from test_model import FAMILIES, output
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,7 +16,7 @@ from vqvit import ops, qat
 from vqvit.nn import HalfLinear, QuantLinear
 from vqvit.nn.linear import UncalibratedError
 from vqvit.nn.patch_embed import cut_patches
-from vqvit.plan import PlanError, QuantConfig
+from vqvit.plan import Plan, PlanError, QuantConfig
 from vqvit.rewriter import make_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,9 +76,9 @@ def set_blend(model: nn.Module, blend: float) -> None:
         layer.blend = blend
 
 
-def prepared(model: nn.Module, config: QuantConfig, images: torch.Tensor, **options) -> nn.Module:
-    qat.prepare_(model, make_plan(model, config)[0], [images], qat.QatOptions(**options))
-    return model
+def prepared(model: nn.Module, config: QuantConfig | Plan, images: torch.Tensor, **options) -> None:
+    plan = config if isinstance(config, Plan) else make_plan(model, config)[0]
+    qat.prepare_(model, plan, [images], qat.QatOptions(**options))
 
 
 class Recorder:
@@ -149,6 +151,19 @@ def test_codes_are_those_of_the_integer_modules(model, images, config, learn):
             assert torch.equal(fake.quantize_weight().codes, layer.half_weight)
 
 
+def test_spread_terms_of_the_plan_are_kept(model, images):
+    """δ of fc2 too, which has none by default."""
+    plan, _ = make_plan(model, QuantConfig())
+    layers = [dataclasses.replace(p, delta=0.3, beta=-0.2) for p in plan.layers]
+    prepared(model, dataclasses.replace(plan, layers=tuple(layers)), images)
+    fakes = qat.fake_layers(copy.deepcopy(model))
+    assert fakes["vit.layers.0.fc2"].delta.item() == pytest.approx(0.3)
+    qat.freeze_(model)
+    for name, x in integer_inputs(model, images).items():
+        if model.get_submodule(name).plan.role != "patch_embed":
+            assert torch.equal(fakes[name].quantize_input(x).codes, model.get_submodule(name).quantize_input(x).codes)
+
+
 def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is b is None or torch.equal(a, b)
 
@@ -181,6 +196,21 @@ def test_frozen_model_stays_within_quantization_error(model, images, config):
     report = qat.freeze_(model)
     assert report.plan == vqvit.rewriter.plan_of(model)
     assert relative_error(logits(model, images), trained) < 2 * relative_error(trained, exact)
+
+
+@pytest.mark.parametrize("family", ["deit", "dinov2"])
+def test_other_families(family):
+    """Two heads on two tokens; layer scales and a backbone without a head."""
+    model = FAMILIES[family]().eval()
+    images = torch.randn(2, 3, 32, 32)
+    exact = output(model, images)
+    prepared(model, QuantConfig(), images)
+    trained = output(model, images)
+    assert len(model(images, output_hidden_states=True).hidden_states) == 3
+    gradients = torch.autograd.grad(model(images)[0].square().sum(), qat_parameters(model))
+    assert all(g.isfinite().all() for g in gradients)
+    qat.freeze_(model)
+    assert relative_error(output(model, images), trained) < 2 * relative_error(trained, exact)
 
 
 def test_beta_form_starts_from_post_training_quantization(model, images):
@@ -256,6 +286,27 @@ def test_a_snapshot_is_a_plan_and_a_state(model, images, config):
     original.load_state_dict(state)
     assert torch.equal(logits(original, images), want)
     assert qat.plan_of(original) == plan
+
+
+@pytest.mark.parametrize("config", ["default", "static_everything", "compensated"])
+def test_snapshots_load_into_the_model_they_are_of(model, images, config):
+    prepared(model, CONFIGS[config], images)
+    perturb(model)
+    plan, want = qat.plan_of(model), logits(model, images)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in qat.fake_layers(model):
+        qat.retier_(model, name, "fp16")
+    perturb(model)
+    other, trained = qat.plan_of(model), logits(model, images)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        qat.load_snapshot_(model, plan, {**state, "more": torch.zeros(1)})
+    assert qat.plan_of(model) == other
+    assert torch.equal(logits(model, images), trained)
+    with pytest.raises(PlanError, match="expected a plan of 10 layers"):
+        qat.load_snapshot_(model, dataclasses.replace(plan, layers=plan.layers[1:]), state)
+    qat.load_snapshot_(model, plan, state)
+    assert qat.plan_of(model) == plan
+    assert torch.equal(logits(model, images), want)
 
 
 @pytest.mark.parametrize("config", ["default", "static_everything", "compensated"])

@@ -26,7 +26,10 @@ DOCUMENT = {
                 {"engine": "W8A8|x", "ms": 3.21, "low": 3.0, "high": 4.0, "accuracy": None},
             ],
             "notes": ["Medians."],
-            "charts": [{"column": "ms", "title": "Latency (ms)", "low": "low", "high": "high"}],
+            "charts": [
+                {"column": "ms", "title": "Latency (ms)", "low": "low", "high": "high"},
+                {"column": "ms", "title": "Accuracy and latency", "low": "low", "high": "high", "against": "accuracy"},
+            ],
         }
     ],
     "environment": {"device": "some CPU", "isa": ["avx2", "avx512_vnni"], "commit": None},
@@ -53,9 +56,19 @@ def test_html_stands_alone():
     pytest.importorskip("matplotlib")
     page = report.to_html(DOCUMENT)
     assert "<h1>Title &lt;1&gt;</h1>" in page and "One line &amp; more." in page
-    assert len(re.findall(r'src="data:image/png;base64,iVBOR', page)) == 1
+    assert len(re.findall(r'src="data:image/png;base64,iVBOR', page)) == 2
     assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page
     assert len(page) < 200_000
+
+
+def test_points_are_drawn_where_a_row_has_both_values():
+    figure = pytest.importorskip("matplotlib.figure")
+    axes = figure.Figure().add_subplot()
+    section = DOCUMENT["sections"][0]
+    report._points(axes, section["columns"], section["charts"][1], section["rows"][:1])
+    assert [text.get_text() for text in axes.texts] == ["FP32"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("Accuracy", "ms")
+    assert axes.lines[0].get_xydata().tolist() == [[98.5, 12.345]]
 
 
 def test_html_without_matplotlib_says_so(monkeypatch):

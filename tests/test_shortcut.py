@@ -58,7 +58,7 @@ def build(name: str) -> nn.Module:
 
 
 def quantized(model: nn.Module, cls_only: str, **options) -> tuple[nn.Module, vqvit.Report]:
-    calibration = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))]
+    calibration = [torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))]
     report = vqvit.quantize_(model, QuantConfig(cls_only=cls_only, **options), calibration.copy())
     return model, report
 

@@ -151,6 +151,28 @@ def test_gradients_are_those_of_the_surrogate(form):
             assert flat[index].item() * factor == pytest.approx(want, rel=2e-3, abs=2e-3), name
 
 
+@pytest.mark.parametrize("form", [*FORMS, "activation", "weight", "full"])
+def test_blend_is_continuous(form):
+    """Close to 1 it gives what 1 gives from codes, residual terms included; the paper's term is of second order."""
+    layer = make_layer(form) if form in FORMS else make_compensated(form)
+    x = torch.randn(4, 150)
+    with torch.no_grad():
+        quantized = layer(x)
+        layer.blend = 1 - 1e-6
+        blended = layer(x)
+        layer.blend = 0.0
+        exact = layer(x)
+    tolerance = 1e-3 if form == "paper" else 2e-5
+    assert (blended - quantized).norm() < tolerance * quantized.norm()
+    if form == "full":
+        assert (quantized - exact).norm() < 1e-4 * exact.norm()
+
+
+def make_compensated(mode: str) -> qat.FakeQuantLinear:
+    plan = LayerPlan("layer", "fc1", compensation=mode)
+    return qat.FakeQuantLinear(plan, torch.randn(6, 150), torch.randn(6), torch.bfloat16, qat.QatOptions())
+
+
 def test_half_precision_gradients_are_straight_through():
     plan = LayerPlan("layer", "fc1", "fp16")
     layer = qat.FakeQuantLinear(plan, torch.randn(6, 20), torch.randn(6), torch.bfloat16, qat.QatOptions())

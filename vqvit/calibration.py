@@ -1,50 +1,28 @@
 """Quantize a model, and give its static activation scales their ranges from data (numerics §3)."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from vqvit import guard, shortcut
-from vqvit import numerics as nm
 from vqvit.batches import Batch, read_batch
+from vqvit.calibration_state import CalibrationState, Fingerprint
 from vqvit.head_ranges import calibrate_heads, observed_heads
 from vqvit.nn import QuantLinear
+from vqvit.observers import CalibrationError, MaxObserver, Ranges, make_observer
 from vqvit.patch_ranges import factorize_, patch_factors
 from vqvit.plan import Plan, QuantConfig
 from vqvit.rewriter import Report, apply_plan, make_plan, release_float, restore
 
-EMA_DECAY = 0.99
-"""Memory of the running maximum and standard deviation: the paper's running statistics."""
+MIN_IMAGES = 8
+"""Fewest images for static scales. Of n + 1 exchangeable images each is as likely to hold a layer's largest input, so
+after n images a new one exceeds a layer's range with probability 1 / (n + 1): 11 % with eight."""
 
-
-class CalibrationError(ValueError):
-    """Calibration data that cannot be used."""
-
-
-class RangeObserver:
-    """Running max|x| and sd(x) of a layer's input: an exponential moving average over batches, started by the first."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.maximum: Tensor | None = None
-        self.deviation: Tensor | None = None
-
-    def update(self, x: Tensor) -> None:
-        """Take in a batch (M, K). Raises `CalibrationError` for NaN or Inf."""
-        maximum, deviation = x.abs().amax().float(), x.float().std(correction=0)
-        if not torch.isfinite(maximum):
-            raise CalibrationError(f"calibration: expected finite inputs of {self.name}; got NaN or Inf")
-        if self.maximum is None:
-            self.maximum, self.deviation = maximum, deviation
-        else:
-            self.maximum = torch.lerp(maximum, self.maximum, EMA_DECAY)
-            self.deviation = torch.lerp(deviation, self.deviation, EMA_DECAY)
-
-    def scale(self, delta: float) -> Tensor:
-        """max(1e-8, (max + delta · sd) / 127), fp32 scalar."""
-        return ((self.maximum + delta * self.deviation) / nm.QMAX).clamp(min=nm.SCALE_MIN)
+STATE_EVERY = 8
+"""Batches between two writes of the calibration state."""
 
 
 def quantize_(
@@ -55,6 +33,8 @@ def quantize_(
     keep_float: bool = False,
     min_speedup: float | None = None,
     sample: object = None,
+    calibration_state: str | Path | None = None,
+    seed: int = 0,
 ) -> Report:
     """Replace a model's layers by integer ones, in place, and put it in eval mode.
 
@@ -62,12 +42,16 @@ def quantize_(
         model: a float Vision Transformer (Hugging Face, timm or any `nn.Module`), on the device it will run on.
         config: what to do (`QuantConfig`), or exactly what to do (`Plan`); default W8A8, int8 attention.
         calibration: batches of model inputs: a tensor, a dict of model inputs, or (inputs, labels). Needed only for
-            `activation="static"`, `attention_scales="static"` and `factorize_patches=True`.
+            `activation="static"`, `attention_scales="static"` and `factorize_patches=True`, and then of at least
+            `MIN_IMAGES` images.
         progress: show a progress bar on stderr.
         keep_float: keep the float weights in memory, so that `restore` brings back exactly this model.
         min_speedup: put blocks and layers back that are not this many times as fast as in float on this device, and
             all of them if the whole model is not; the report says which, with the times. None keeps everything.
         sample: one batch of the size that will be served, for `min_speedup`.
+        calibration_state: a file that keeps an interrupted calibration: written every `STATE_EVERY` batches, gone on
+            from if it is there, and deleted when the ranges are known.
+        seed: of the rows that the observer `output_error` samples.
 
     Returns: what was replaced, skipped and why, with the plan.
 
@@ -80,7 +64,8 @@ def quantize_(
     static = [layer.name for layer in plan.layers if layer.activation == "static" and layer.tier != "fp16"]
     heads = [block.name for block in plan.blocks if block.attention_scales == "static"]
     patches = [layer.name for layer in plan.layers if layer.factorized]
-    batches = _read_calibration(calibration, static + heads + patches)
+    needed = {"static activation": static, "static attention": heads, "factorised patch": patches}
+    batches = _read_calibration(calibration, needed)
     example = served or next(iter(batches), None)
     if isinstance(config, Plan):
         cls_only = shortcut.check_shortcut(model, plan, example)
@@ -92,13 +77,13 @@ def quantize_(
     try:
         factorize_(model, factors)
         with observed_heads(model, heads):
-            _calibrate(model, static, batches, progress)
+            _calibrate(model, plan, static, batches, progress, calibration_state, seed)
         calibrate_heads(model, heads, batches, progress)
         if served is not None:
             shortened = plan.shortened
             plan, slower = guard.keep_faster(model, plan, served.to(next(model.buffers()).device), min_speedup)
             cls_only = cls_only if plan.shortened == shortened else shortcut.describe(plan.shortened)
-    except (ValueError, RuntimeError, TypeError):
+    except (ValueError, RuntimeError, TypeError, OSError, KeyboardInterrupt):
         restore(model)
         raise
     if not keep_float:
@@ -118,12 +103,13 @@ def _read_sample(min_speedup: float | None, sample: object) -> Batch | None:
     return read_batch(sample)
 
 
-def _read_calibration(calibration: Iterable | None, static: list[str]) -> list[Batch]:
-    if calibration is None and static:
-        raise CalibrationError(
-            f"calibration: expected batches for the static or factorised scales of {len(static)} layers or blocks "
-            f"({static[0]}, ...); got calibration=None"
-        )
+def _read_calibration(calibration: Iterable | None, needed: dict[str, list[str]]) -> list[Batch]:
+    for kind, names in needed.items():
+        if calibration is None and names:
+            raise CalibrationError(
+                f"calibration: expected batches for the {kind} scales of {len(names)} layers "
+                f"({names[0]}, ...); got calibration=None"
+            )
     if calibration is None:
         return []
     try:
@@ -132,24 +118,75 @@ def _read_calibration(calibration: Iterable | None, static: list[str]) -> list[B
         raise CalibrationError(f"calibration: {error}") from error
     if not batches:
         raise CalibrationError("calibration: expected at least one batch; got none")
+    images = sum(len(batch.images) for batch in batches)
+    if any(needed.values()) and images < MIN_IMAGES:
+        raise CalibrationError(f"calibration: expected at least {MIN_IMAGES} images for static scales; got {images}")
     return batches
 
 
 @torch.inference_mode()
-def _calibrate(model: nn.Module, names: list[str], batches: list[Batch], progress: bool) -> None:
+def _calibrate(
+    model: nn.Module,
+    plan: Plan,
+    names: list[str],
+    batches: list[Batch],
+    progress: bool,
+    state_file: str | Path | None,
+    seed: int,
+) -> None:
     if not names:
         return
     layers: dict[str, QuantLinear] = {name: model.get_submodule(name) for name in names}
-    for name, layer in layers.items():
-        layer.observer = RangeObserver(name)
+    observers = {name: make_observer(name, layer.plan.observer, seed) for name, layer in layers.items()}
+    fingerprint = Fingerprint.of(model, plan, batches, seed) if state_file else None
+    done = _resume(state_file, fingerprint, observers, next(model.buffers()).device)
     try:
-        for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
-            batch = batch.to(next(model.buffers()).device)
-            model(*batch.args, **batch.kwargs)
         for name, layer in layers.items():
-            if layer.observer.maximum is None:
-                raise CalibrationError(f"calibration: expected {name} to run on the calibration data; it did not")
-            layer.input_scale = layer.observer.scale(layer.plan.delta).clone()
+            layer.observer = observers[name]
+        bar = tqdm(batches[done:], "calibrating", len(batches), initial=done, unit="batch", disable=not progress)
+        for index, batch in enumerate(bar, done):
+            _observe(model, batch, index)
+            if fingerprint is not None and (index + 1) % STATE_EVERY == 0:
+                CalibrationState.of(fingerprint, index + 1, observers).save(state_file)
     finally:
         for layer in layers.values():
             layer.observer = None
+    for name, layer in layers.items():
+        if not observers[name].started:
+            raise CalibrationError(f"calibration: expected {name} to run on the calibration data; it did not")
+        chosen, scale = observers[name].range(layer.plan.observer, layer.plan.delta, layer.float_weight())
+        layer.input_scale, layer.input_range = scale.clone(), chosen
+    if state_file is not None:
+        Path(state_file).unlink(missing_ok=True)
+
+
+def _resume(
+    path: str | Path | None, fingerprint: Fingerprint | None, observers: dict[str, MaxObserver], device: torch.device
+) -> int:
+    """Batches that the state at `path` has seen, which the observers then have too; 0 without one."""
+    if path is None or not Path(path).exists():
+        return 0
+    state = CalibrationState.load(path, fingerprint)
+    for name, observer in observers.items():
+        observer.load(state.observers.get(name, {}), device)
+    return state.done
+
+
+def _observe(model: nn.Module, batch: Batch, index: int) -> None:
+    placed = batch.to(next(model.buffers()).device)
+    try:
+        model(*placed.args, **placed.kwargs)
+    except CalibrationError:
+        raise
+    except (ValueError, RuntimeError, TypeError) as error:
+        shape = tuple(batch.images.shape)
+        raise CalibrationError(
+            f"calibration: expected images that the model takes; batch {index}, {shape}: {error}"
+        ) from error
+
+
+def ranges_of(model: nn.Module) -> Ranges | None:
+    """The calibrated ranges that a quantized model carries; None if it has no static scales."""
+    layers = ((name, getattr(module, "input_range", None)) for name, module in model.named_modules())
+    found = {name: layer for name, layer in layers if layer is not None}
+    return Ranges(found) if found else None

@@ -1,7 +1,8 @@
 """Save and load quantized models: a folder with int8 weights (safetensors), the plan, and the model's configuration.
 
-Folder layout: `model.safetensors`, every tensor, codes as plain (N, K) int8; `vqvit.json`, format, plan, model class
-and SHA-256 of the weights; `config.json`, the Hugging Face configuration if there is one.
+Folder layout: `model.safetensors`, every tensor, codes as plain (N, K) int8; `vqvit.json`, format, plan, calibrated
+ranges if there are any, model class and SHA-256 of the weights; `config.json`, the Hugging Face configuration if there
+is one.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 import vqvit
 from vqvit import hf
+from vqvit.calibration import ranges_of
+from vqvit.observers import CalibrationError, Ranges
 from vqvit.plan import Plan
 from vqvit.rewriter import apply_plan, pack_weights, plan_of
 
@@ -37,7 +40,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     if it cannot be written.
     """
     directory = Path(directory)
-    plan = plan_of(model)
+    plan, ranges = plan_of(model), ranges_of(model)
     if (
         directory.exists()
         and not (directory / MANIFEST).is_file()
@@ -54,6 +57,7 @@ def save(model: nn.Module, directory: str | Path) -> Path:
             "class": type(model).__name__,
             "library": "transformers" if hf.is_transformers_model(model) else None,
             "plan": json.loads(plan.to_json()),
+            "ranges": None if ranges is None else json.loads(ranges.to_json()),
             "sha256": _sha256(staging / WEIGHTS),
         }
         if manifest["library"] == "transformers":
@@ -94,6 +98,7 @@ def load(directory: str | Path, model: nn.Module | None = None, device: str | to
     model.to("meta")
     apply_plan(model, plan)
     _fill(model, _read_tensors(weights), weights)
+    _remember_ranges(model, manifest.get("ranges"), directory)
     model.to(device)
     pack_weights(model)
     return model.eval().requires_grad_(False)
@@ -130,6 +135,21 @@ def _build(directory: Path, manifest: dict) -> nn.Module:
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: expected JSON; got text that fails to parse: {error}") from error
     return hf.build(manifest["class"], config)
+
+
+def _remember_ranges(model: nn.Module, raw: object, directory: Path) -> None:
+    """Give each layer the range that it was calibrated to, where the manifest holds any."""
+    if raw is None:
+        return
+    try:
+        ranges = Ranges.from_json(json.dumps(raw))
+    except CalibrationError as error:
+        raise CheckpointError(f"{directory / MANIFEST}: {error}") from error
+    static = {name: m for name, m in model.named_modules() if getattr(m, "input_scale", None) is not None}
+    if unknown := ranges.layers.keys() - static.keys():
+        raise CheckpointError(f"{directory / MANIFEST}: expected ranges of static layers; got {sorted(unknown)}")
+    for name, layer in ranges.layers.items():
+        static[name].input_range = layer
 
 
 def _transient_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -3,9 +3,10 @@
 Everything here ends in float tensors (B, 3, H, W), with int64 labels (B,) where the data has them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -66,15 +67,27 @@ class Source:
 class ImageBatches:
     """A re-iterable loader over images on disk: yields (pixel_values, labels), or pixel_values if there are no labels.
 
-    Attributes: images, how many it yields; labelled; transform; batch_size.
+    Attributes: images, how many it yields; indices, which; labelled; transform; batch_size.
     """
 
-    def __init__(self, source: Source, transform: Transform, batch_size: int, limit: int | None):
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        batch_size: int,
+        limit: int | None = None,
+        indices: Sequence[int] | None = None,
+    ):
         for name, value in (("batch_size", batch_size), ("images", limit)):
             if value is not None and value < 1:
                 raise DataError(f"{name}: expected at least 1; got {value}")
+        if indices is not None and not _ascending(indices, source.total):
+            raise DataError(f"indices: expected ascending numbers from 0 to {source.total - 1}; got {_shown(indices)}")
         self._source, self.transform, self.batch_size = source, transform, batch_size
-        self.images = source.total if limit is None else min(limit, source.total)
+        chosen = range(source.total) if indices is None else indices
+        count = len(chosen) if limit is None else min(limit, len(chosen))
+        self.indices = [chosen[i * len(chosen) // count] for i in range(count)]
+        self.images = count
         self.labelled = source.labelled
 
     def __len__(self) -> int:
@@ -92,7 +105,7 @@ class ImageBatches:
             yield self._batch(images, labels)
 
     def _selected(self) -> Iterator[Item]:
-        wanted = (i * self._source.total // self.images for i in range(self.images))
+        wanted = iter(self.indices)
         following = next(wanted, None)
         for index, item in enumerate(self._source.read()):
             if index == following:
@@ -112,6 +125,7 @@ def open_images(
     batch_size: int = 32,
     limit: int | None = None,
     label2id: Mapping[str, int] | None = None,
+    indices: Sequence[int] | None = None,
 ) -> ImageBatches:
     """Batches of the images at `path`.
 
@@ -123,6 +137,7 @@ def open_images(
         limit: use at most this many images, at even steps through the data.
         label2id: class of each sub-folder name. Used if it knows all of them; else names that are numbers count as
             themselves, and other names are numbered in sorted order.
+        indices: use only the images with these numbers, ascending, counted from 0 in the order of the data.
 
     Raises `FileNotFoundError` if there is no such path and `DataError` for one without images, an image that cannot be
     read (it is named, when its turn comes) or a parquet file without the columns.
@@ -132,7 +147,16 @@ def open_images(
         raise FileNotFoundError(f"images: expected a folder or a parquet file; there is no {path}")
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     source = _open_parquet(path, files) if files else _open_folder(path, label2id or {})
-    return ImageBatches(source, transform, batch_size, limit)
+    return ImageBatches(source, transform, batch_size, limit, indices)
+
+
+def _ascending(indices: Sequence[int], total: int) -> bool:
+    inside = len(indices) > 0 and 0 <= indices[0] and indices[-1] < total
+    return inside and all(a < b for a, b in pairwise(indices))
+
+
+def _shown(indices: Sequence[int]) -> str:
+    return f"{len(indices)} numbers" + (f" from {indices[0]} to {indices[-1]}" if len(indices) else "")
 
 
 def transform_for(model_folder: str | Path | None, size: int | None = None) -> Transform:

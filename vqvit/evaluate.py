@@ -142,7 +142,7 @@ class _Sums:
             raise ValueError(f"evaluate: expected a reference model, or labels and logits to score; got {given}")
         self.images += out.shape[0]
         if labels is not None and is_logits:
-            labels = _checked_labels(index, labels, out)
+            labels = checked_labels(index, labels, out)
             self.correct += int((out.argmax(-1) == labels).sum())
             if ref is not None:
                 self.reference_correct += int((ref.argmax(-1) == labels).sum())
@@ -190,7 +190,8 @@ def _run(model: nn.Module, batch: Batch, what: str) -> tuple[Tensor, bool]:
     return out.flatten(1), is_logits
 
 
-def _checked_labels(index: int, labels: Tensor, out: Tensor) -> Tensor:
+def checked_labels(index: int, labels: Tensor, out: Tensor) -> Tensor:
+    """Labels int (B,) of batch `index` on the CPU. Raises `ValueError` unless they are classes of logits (B, D)."""
     labels = labels.cpu()
     if labels.shape != (out.shape[0],) or labels.is_floating_point():
         raise ValueError(

@@ -36,6 +36,11 @@ COMPENSATIONS = ("none", "paper", "activation", "weight", "full")
 ATTENTION_SCALES = ("dynamic", "static")
 """Scales of q, k and v: from each token's range, or learned once for each head (numerics §7)."""
 
+OBSERVERS = ("ema", "max", "percentile", "mse", "output_error")
+"""How calibration chooses a static range (`vqvit.observers`); a percentile may be named, as in "percentile:99.9"."""
+
+PERCENTILE = 99.99
+
 ROLES = ("patch_embed", "qkv", "attn_out", "fc1", "fc2", "head", "linear")
 
 
@@ -46,6 +51,21 @@ class PlanError(ValueError):
 def _one_of(what: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise PlanError(f"{what}: expected one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def read_observer(what: str, text: object) -> tuple[str, float]:
+    """Kind, one of `OBSERVERS`, and percentile in (0, 100] of an observer's name. Raises `PlanError`."""
+    kind, named, percentile = text.partition(":") if isinstance(text, str) else (text, "", "")
+    _one_of(what, kind, OBSERVERS)
+    if not named:
+        return kind, PERCENTILE
+    try:
+        value = float(percentile)
+    except ValueError:
+        value = 0.0
+    if kind != "percentile" or not 0.0 < value <= 100.0:
+        raise PlanError(f"{what}: expected percentile:P with 0 < P <= 100, or a name alone; got {text!r}")
+    return kind, value
 
 
 def _build(cls: type, fields: object, what: str):
@@ -83,6 +103,7 @@ class LayerPlan:
         mu: factor of the last term of the compensation.
         factorized: of the patch embedding: move the ranges of its input, seen in calibration, into the weight
             (numerics §8).
+        observer: how a static activation range is chosen, see `OBSERVERS`.
     """
 
     name: str
@@ -97,6 +118,7 @@ class LayerPlan:
     compensation: str = "none"
     mu: float = 1.0
     factorized: bool = False
+    observer: str = "ema"
 
     def __post_init__(self):
         _one_of(f"role of {self.name}", self.role, ROLES)
@@ -104,6 +126,7 @@ class LayerPlan:
         _one_of(f"activation of {self.name}", self.activation, ACTIVATIONS)
         _one_of(f"bits of {self.name}", self.bits, WEIGHT_BITS)
         _one_of(f"compensation of {self.name}", self.compensation, COMPENSATIONS)
+        read_observer(f"observer of {self.name}", self.observer)
         for option in ("beta", "delta", "mu"):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -192,6 +215,22 @@ class Plan:
                 return layer
         raise PlanError(f"plan: expected a layer among {', '.join(p.name for p in self.layers)}; got {name!r}")
 
+    def diff(self, other: "Plan") -> tuple["Change", ...]:
+        """What differs in `other`: options of layers and blocks, and those that only one of the two has."""
+        mine, theirs = ({entry.name: entry for entry in (*p.layers, *p.blocks)} for p in (self, other))
+        changes = []
+        if self.half_dtype != other.half_dtype:
+            changes.append(Change("plan", "half_dtype", self.half_dtype, other.half_dtype))
+        for name in dict.fromkeys((*mine, *theirs)):
+            before, after = mine.get(name), theirs.get(name)
+            if before is None or after is None:
+                changes.append(Change(name, "tier", _kind(before), _kind(after)))
+                continue
+            before, after = dataclasses.asdict(before), dataclasses.asdict(after)
+            options = (option for option in before if before[option] != after.get(option))
+            changes += [Change(name, option, before[option], after.get(option)) for option in options]
+        return tuple(changes)
+
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
 
@@ -231,6 +270,26 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Change:
+    """One difference between two plans: `option` of the layer or block `name`. A layer that one plan lacks has no tier
+    there (None), and a block is "replaced" or None.
+    """
+
+    name: str
+    option: str
+    before: object
+    after: object
+
+    def __str__(self) -> str:
+        before, after = ("float" if v is None and self.option == "tier" else v for v in (self.before, self.after))
+        return f"{self.name}: {self.option} {before} -> {after}"
+
+
+def _kind(entry: LayerPlan | BlockPlan | None) -> str | None:
+    return "replaced" if isinstance(entry, BlockPlan) else entry and entry.tier
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """What a user asks for; `vqvit.rewriter.make_plan` turns it into a `Plan` for one model.
 
@@ -244,6 +303,7 @@ class QuantConfig:
         attention_scales: as in `BlockPlan`.
         factorize_patches: factorised scales of the patch embedding, which need calibration data.
         compensations: compensation where it is not "none", in the form of `tiers`.
+        observer: how static activation ranges are chosen, as in `LayerPlan`.
     """
 
     tier: str = "int8"
@@ -258,6 +318,7 @@ class QuantConfig:
     attention_scales: str = "dynamic"
     factorize_patches: bool = False
     compensations: dict[str, str] = field(default_factory=dict)
+    observer: str = "ema"
 
     def __post_init__(self):
         _one_of("tier", self.tier, TIERS)
@@ -272,6 +333,7 @@ class QuantConfig:
         _one_of("attention_scales", self.attention_scales, ATTENTION_SCALES)
         for pattern, compensation in self.compensations.items():
             _one_of(f"compensation of {pattern!r}", compensation, COMPENSATIONS)
+        read_observer("observer", self.observer)
 
     def tier_of(self, name: str, role: str) -> str:
         """The tier, or "skip", of layer `name` with `role`."""

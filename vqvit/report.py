@@ -4,11 +4,12 @@ A result document:
 
     {"title": str, "summary": [str, ...], "sections": [section, ...], "environment": {name: value}}
     section = {"heading": str, "notes": [str, ...], "columns": [column, ...], "rows": [{column key: value}, ...],
-               "charts": [{"column": key, "title": str, "low": key, "high": key}, ...]}
+               "charts": [{"column": key, "title": str, "low": key, "high": key, "against": key}, ...]}
     column = {"key": str, "label": str, "format": format spec such as ".2f"}
 
 Rows hold raw values: the format belongs to the column. A value that is missing or None shows as a dash. `low` and
-`high` are optional: keys of the ends of an error bar. The first column names the row.
+`high` are optional: keys of the ends of an error bar. The first column names the row. A chart is of bars, one a row, or
+with `against` of points at (`against`, `column`).
 """
 
 import base64
@@ -157,38 +158,65 @@ def _html_table(labels: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _html_chart(section: dict, chart: dict) -> str:
-    png = _bar_chart(section, chart)
+    png = _chart(section, chart)
     title = html.escape(chart["title"])
     if png is None:
         return f'<p class="note">No chart "{title}": matplotlib is not installed.</p>'
     return f'<img alt="{title}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def _bar_chart(section: dict, chart: dict) -> bytes | None:
-    """Horizontal bars, one a row that has the value, error bars if the chart names them; None without matplotlib."""
+def _chart(section: dict, chart: dict) -> bytes | None:
+    """PNG of the rows that have the values; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return None
-    rows = [row for row in section["rows"] if row.get(chart["column"]) is not None]
-    name = section["columns"][0]["key"]
-    column = next(c for c in section["columns"] if c["key"] == chart["column"])
-    values = [row[chart["column"]] for row in rows]
-    errors = None
-    if "low" in chart:
-        errors = [
-            [max(0.0, value - row[chart["low"]]) for value, row in zip(values, rows, strict=True)],
-            [max(0.0, row[chart["high"]] - value) for value, row in zip(values, rows, strict=True)],
-        ]
-    figure = Figure(figsize=(4.6, 0.7 + 0.38 * len(rows)), layout="constrained")
+    needed = [chart[key] for key in ("column", "against", "low", "high") if key in chart]
+    rows = [row for row in section["rows"] if all(row.get(key) is not None for key in needed)]
+    height = 3.4 if "against" in chart else 0.7 + 0.38 * len(rows)
+    figure = Figure(figsize=(4.6, height), layout="constrained")
     axes = figure.add_subplot()
-    colours = [_BAR_COLOURS[i % len(_BAR_COLOURS)] for i in range(len(rows))]
-    bars = axes.barh([str(row[name]) for row in rows], values, xerr=errors, color=colours, error_kw={"lw": 1})
-    axes.bar_label(bars, [_format(v, column.get("format", "")) for v in values], padding=4, fontsize=9)
-    axes.invert_yaxis()
-    axes.margins(x=0.18)
+    draw = _points if "against" in chart else _bars
+    draw(axes, section["columns"], chart, rows)
     axes.set_title(chart["title"], fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _errors(chart: dict, rows: list[dict]) -> list[list[float]] | None:
+    """Distances to the lower and to the upper end of each error bar, if the chart has them."""
+    if "low" not in chart:
+        return None
+    lower = [max(0.0, row[chart["column"]] - row[chart["low"]]) for row in rows]
+    return [lower, [max(0.0, row[chart["high"]] - row[chart["column"]]) for row in rows]]
+
+
+def _colours(rows: list[dict]) -> list[str]:
+    return [_BAR_COLOURS[i % len(_BAR_COLOURS)] for i in range(len(rows))]
+
+
+def _bars(axes, columns: list[dict], chart: dict, rows: list[dict]) -> None:
+    """Horizontal bars, the first row on top."""
+    values = [row[chart["column"]] for row in rows]
+    spec = next(c for c in columns if c["key"] == chart["column"]).get("format", "")
+    names = [str(row[columns[0]["key"]]) for row in rows]
+    bars = axes.barh(names, values, xerr=_errors(chart, rows), color=_colours(rows), error_kw={"lw": 1})
+    axes.bar_label(bars, [_format(v, spec) for v in values], padding=4, fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+
+
+def _points(axes, columns: list[dict], chart: dict, rows: list[dict]) -> None:
+    """Named points with their error bars."""
+    errors = _errors(chart, rows)
+    for index, (row, colour) in enumerate(zip(rows, _colours(rows), strict=True)):
+        x, y = row[chart["against"]], row[chart["column"]]
+        error = None if errors is None else [[errors[0][index]], [errors[1][index]]]
+        axes.errorbar([x], [y], yerr=error, fmt="o", color=colour, elinewidth=1)
+        axes.annotate(str(row[columns[0]["key"]]), (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    labels = {column["key"]: column["label"] for column in columns}
+    axes.set_xlabel(labels[chart["against"]], fontsize=9)
+    axes.set_ylabel(labels[chart["column"]], fontsize=9)
+    axes.margins(x=0.25, y=0.2)

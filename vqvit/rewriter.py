@@ -132,18 +132,14 @@ def match(model: nn.Module, plan: Plan) -> tuple[list[PlannedBlock], list[tuple[
     """
     modules = dict(model.named_modules())
     by_name = {layer.name: layer for layer in plan.layers}
+    parts = {block.name: _planned_block(modules, block) for block in plan.blocks}
+    _check_names(modules, plan)
     blocks = []
     for block in plan.blocks:
-        parts = _planned_block(modules, block)
         layers = {role: by_name.pop(f"{block.name}.{role}", None) for role in BLOCK_ROLES}
         if missing := [f"{block.name}.{role}" for role, layer in layers.items() if layer is None]:
             raise PlanError(f"plan: expected every layer of block {block.name}; {', '.join(missing)} missing")
-        blocks.append(PlannedBlock(block, layers, parts, modules[block.name]))
-    inside_blocks = tuple(f"{block.name}." for block in plan.blocks)
-    for layer in by_name.values():
-        if not isinstance(modules.get(layer.name), nn.Linear | nn.Conv2d) or layer.name.startswith(inside_blocks):
-            candidates = ", ".join(n for n, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d))
-            raise PlanError(f"plan: expected a layer of this model ({candidates}); got {layer.name!r}")
+        blocks.append(PlannedBlock(block, layers, parts[block.name], modules[block.name]))
     return blocks, [(layer, modules[layer.name]) for layer in by_name.values()]
 
 
@@ -341,14 +337,28 @@ def _layer_plan(name: str, role: str, tier: str, config: QuantConfig) -> LayerPl
     activation = "per_token" if role == "patch_embed" else config.activation_of(name, role)  # numerics §8
     return LayerPlan(
         name, role, tier, config.per_channel, activation=activation, equalize=config.equalize,
-        compensation=config.compensation_of(name, role),
+        compensation=config.compensation_of(name, role), observer=config.observer,
         factorized=config.factorize_patches and role == "patch_embed" and tier != "fp16",
     )  # fmt: skip
 
 
+def _check_names(modules: dict[str, nn.Module], plan: Plan) -> None:
+    """Raise `PlanError` for a layer that the model, with the plan's blocks replaced, does not have."""
+    roles = {f"{block.name}.{role}": role for block in plan.blocks for role in BLOCK_ROLES}
+    inside = tuple(f"{block.name}." for block in plan.blocks)
+    linears = (name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d))
+    valid = (*roles, *(name for name in linears if not name.startswith(inside)))
+    for layer in plan.layers:
+        if layer.name not in valid:
+            raise PlanError(f"plan: expected a layer of this model ({', '.join(valid)}); got {layer.name!r}")
+        if layer.role != roles.get(layer.name, layer.role):
+            raise PlanError(f"plan: expected role {roles[layer.name]} of {layer.name}; got {layer.role!r}")
+
+
 def _planned_block(modules: dict[str, nn.Module], block: BlockPlan) -> BlockParts:
     if block.name not in modules:
-        raise PlanError(f"plan: expected a block of this model; got {block.name!r}")
+        blocks = ", ".join(name for name, module in modules.items() if _looks_like_block(module)) or "it has none"
+        raise PlanError(f"plan: expected a block of this model ({blocks}); got {block.name!r}")
     try:
         return families.probe(modules[block.name])
     except NotABlock as reason:

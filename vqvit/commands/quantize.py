@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from vqvit.commands import common, progressive
+from vqvit.commands import common, progressive, tiers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tier of one role or of layers whose name matches a pattern; may be repeated; skip leaves them float",
     )
     parser.add_argument("--activation", help="activation scales: per_token, per_token_asym or static")
+    parser.add_argument("--observer", help="static ranges: ema, max, percentile, percentile:P, mse or output_error")
+    parser.add_argument(
+        "--calibration-state", metavar="FILE", help="keep an interrupted calibration here, and go on from it"
+    )
     parser.add_argument("--attention", help="int8 or float")
     parser.add_argument(
         "--cls-only", help="skip what the head does not read in the last block: auto (where proved), on (or fail), off"
@@ -42,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--serve-batch", type=common.positive_int, default=1, metavar="N", help="batch size that --min-speedup measures"
     )
+    tiers.add_arguments(parser)
     common.add_data_arguments(parser, "--calibration", False, "images for static activation scales")
     common.add_device_arguments(parser)
     progressive.add_arguments(parser)
@@ -53,31 +58,37 @@ def run(arguments: argparse.Namespace) -> dict:
     progressive.require_consistent(arguments)
     device = common.use_device(arguments)
     _require_replaceable(Path(arguments.output))
+    tiers.require_usable(arguments)
     config = _configuration(arguments)
     model = hf.load_float(arguments.source).to(device)
     if arguments.progressive:
-        log = progressive.quantize(arguments, model, config)
+        log = progressive.quantize(arguments, model, tiers.choose(model, config, None, arguments).config)
         return {**_save(model, arguments), **progressive.write(arguments, log)}
     batches = None
     if arguments.calibration:
         batches = common.open_data(arguments.calibration, model, arguments.source, arguments)
+    chosen = tiers.choose(model, config, batches, arguments)
     sample = None
     if arguments.min_speedup is not None:
         sample = common.random_images(model, arguments.source, arguments.serve_batch, arguments.image_size)
         sample = sample.to(next(model.parameters()).dtype)
     report = calibration.quantize_(
-        model, config, batches, progress=True, min_speedup=arguments.min_speedup, sample=sample
-    )
+        model, chosen.config, batches, progress=True, min_speedup=arguments.min_speedup, sample=sample,
+        calibration_state=arguments.calibration_state,
+    )  # fmt: skip
     if not report.plan.layers:
         raise ValueError(f"--min-speedup {arguments.min_speedup:g}: nothing stays in int8\n{report}")
-    return {**_save(model, arguments), **report.to_dict()}
+    return {**_save(model, arguments), "tiers_by": chosen.facts, **report.to_dict()}
 
 
 def _save(model, arguments: argparse.Namespace) -> dict:
     """Write the checkpoint; returns where it is and its size."""
     from vqvit import checkpoint, engines
+    from vqvit.rewriter import plan_of
 
     checkpoint.save(model, arguments.output)
+    if arguments.save_plan:
+        tiers.save_plan(plan_of(model), arguments.save_plan)
     _copy_processor(Path(arguments.source), Path(arguments.output))
     before, after = engines.folder_bytes(arguments.source), engines.folder_bytes(arguments.output)
     return {"output": str(arguments.output), "bytes": after, "source_bytes": before, "ratio": after / before}
@@ -94,14 +105,15 @@ def to_text(result: dict) -> str:
         for layer in result["layers"]
     ]
     table = text_table(["layer", "role", "status", "shape", "reason"], rows)
-    return f"{table}\n\nCLS shortcut: {result['cls_only']}\n{result['output']}: {size}"
+    facts = "".join(f"{key}: {value}\n" for key, value in (result["tiers_by"] or {}).items())
+    return f"{table}\n\n{facts}CLS shortcut: {result['cls_only']}\n{result['output']}: {size}"
 
 
 def _configuration(arguments: argparse.Namespace):
     """The `QuantConfig`, or the `Plan`, that file and options ask for."""
     from vqvit.plan import Plan, PlanError, QuantConfig
 
-    names = ("tier", "activation", "attention", "half_dtype", "cls_only")
+    names = ("tier", "activation", "attention", "half_dtype", "cls_only", "observer")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     tiers = {}
     for setting in arguments.set:

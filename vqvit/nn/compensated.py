@@ -6,7 +6,7 @@ from torch import Tensor
 from vqvit import numerics as nm
 from vqvit import ops, reference
 from vqvit.nn.linear import Codes, QuantLinear
-from vqvit.nn.patch_embed import cut_patches, hold_equalizer
+from vqvit.nn.patch_embed import cut_patches, hold_equalizer, unfactorized
 from vqvit.plan import LayerPlan
 from vqvit.reference import COMPENSATION_TERMS
 
@@ -33,6 +33,16 @@ class CompensatedLinear(QuantLinear):
 
     def pack_(self) -> None:
         """The kernels of this product read plain weights."""
+
+    def assign_(
+        self, codes: Tensor, scale: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, **others
+    ) -> None:
+        """As `QuantLinear.assign_`, with the residual codes int8 (N, K) of the new codes where the layer has some."""
+        if (residual is None) != (self.residual is None):
+            expected = "no residual codes" if self.residual is None else "the residual codes of the new codes"
+            raise ValueError(f"{self.plan.name}: expected {expected} with {self.plan.compensation} compensation")
+        super().assign_(codes, scale, bias, **others)
+        self.residual = residual
 
     def forward(self, x: Tensor | Codes, activation="none", layer_scale=None, residual=None, out_dtype=None) -> Tensor:
         if isinstance(x, Codes):
@@ -79,3 +89,6 @@ class CompensatedPatchEmbed(CompensatedLinear):
         rows = cut_patches(self.plan.name, pixels, self.channels, self.patch)
         rows = rows if self.equalizer is None else rows.float() * self.equalizer
         return super().forward(rows, out_dtype=pixels.dtype).permute(0, 3, 1, 2)
+
+    def float_weight(self) -> Tensor:
+        return unfactorized(super().float_weight(), self.equalizer)

@@ -28,6 +28,11 @@ def hold_equalizer(layer: QuantLinear) -> None:
     layer.hold(equalizer=torch.ones(layer.in_features, **like) if layer.plan.factorized else None)
 
 
+def unfactorized(weight: Tensor, equalizer: Tensor | None) -> Tensor:
+    """W of patches, from W · c of patches / c."""
+    return weight if equalizer is None else weight * equalizer
+
+
 class QuantPatchEmbed(QuantLinear):
     """Drop-in for the patch embedding's `nn.Conv2d`: (B, C, Ht, Wd) to (B, N, Ht/ph, Wd/pw), each patch one token.
 
@@ -50,6 +55,10 @@ class QuantPatchEmbed(QuantLinear):
         tokens = super().forward(Codes(codes, scale, None, row_sum), out_dtype=pixels.dtype)
         grid = (pixels.shape[2] // self.patch[0], pixels.shape[3] // self.patch[1])
         return tokens.view(pixels.shape[0], *grid, self.out_features).permute(0, 3, 1, 2)
+
+    def float_weight(self) -> Tensor:
+        """fp32 (N, K): what the codes stand for, for patches as they are."""
+        return unfactorized(super().float_weight(), self.equalizer)
 
 
 class HalfPatchEmbed(HalfLinear):

@@ -115,7 +115,7 @@ class Acceptance:
     test: str = "exact"
     confidence: float = 0.95
     resamples: int = 2000
-    kl_limit: float | None = 0.02
+    kl_limit: float | None = 0.005
 
     def __post_init__(self):
         _one_of("test", self.test, TESTS)

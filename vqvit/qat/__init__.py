@@ -4,7 +4,7 @@ from vqvit.qat.freeze import freeze_
 from vqvit.qat.linear import FakePatchEmbed, FakeQuantLinear
 from vqvit.qat.losses import LossOptions, cross_entropy, kl_to_float, quant_regularizer, smooth_regularizer
 from vqvit.qat.options import QatOptions
-from vqvit.qat.prepare import fake_attentions, fake_layers, plan_of, prepare_, retier_, unprepare_
+from vqvit.qat.prepare import fake_attentions, fake_layers, load_snapshot_, plan_of, prepare_, retier_, unprepare_
 
 __all__ = [
     "FakePatchEmbed",
@@ -16,6 +16,7 @@ __all__ = [
     "fake_layers",
     "freeze_",
     "kl_to_float",
+    "load_snapshot_",
     "plan_of",
     "prepare_",
     "quant_regularizer",

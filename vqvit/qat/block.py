@@ -46,6 +46,8 @@ class FakeEncoderBlock(nn.Module):
         """(B, S, D) to (B, S, D), or a 1-tuple of it where the replaced block returned tuples."""
         if attention_mask is not None or kwargs.get("head_mask") is not None:
             raise ValueError(f"{self.plan.name}: expected no attention or head mask (not computed in int8); got one")
+        if kwargs.get("output_attentions"):
+            raise ValueError(f"{self.plan.name}: expected output_attentions=False: no probabilities are kept")
         h, width = hidden_states, hidden_states.shape[-1:]
         normalized = F.layer_norm(h, width, self.norm1_weight, self.norm1_bias, self.eps1)
         attended = self.attention(self.qkv(normalized), self.qkv.blend)

@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from vqvit import numerics as nm
 from vqvit.batches import read_batch
-from vqvit.calibration import CalibrationError, RangeObserver
 from vqvit.evaluate import eval_mode
 from vqvit.factorize import input_factors
 from vqvit.head_ranges import HeadObserver
+from vqvit.observers import CalibrationError, make_observer
 from vqvit.qat import straight_through as st
 from vqvit.qat.attention import FakeAttention
 from vqvit.qat.linear import FakeQuantLinear
@@ -28,9 +28,9 @@ BETA_CANDIDATES = tuple(step / 8 for step in range(-16, 9))
 class LayerObserver:
     """Ranges of a layer's input, whole and by channel, and a uniform sample of at most `SAMPLE_ROWS` of its rows."""
 
-    def __init__(self, name: str):
-        self.name = name
-        self.range = RangeObserver(name)
+    def __init__(self, name: str, observer: str):
+        """`observer` is that of the layer's plan, for the static scale."""
+        self.range = make_observer(name, observer)
         self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         self.rows: Tensor | None = None
         self.reach: Tensor | None = None  # (K,) max|X_k|
@@ -58,7 +58,7 @@ def calibrate(model: nn.Module, calibration: Iterable, progress: bool = False) -
     blends = {layer: layer.blend for layer in layers.values()}
     try:
         for name, layer in layers.items():
-            layer.blend, layer.observer = 0.0, LayerObserver(name)
+            layer.blend, layer.observer = 0.0, LayerObserver(name, layer.base_plan.observer)
         for name, attention in heads.items():
             attention.observer = HeadObserver(name, attention.num_heads)
         _run(model, calibration, progress)
@@ -92,7 +92,7 @@ def _start(layers: dict[str, FakeQuantLinear], heads: dict[str, FakeAttention], 
         if observer.rows is None:
             raise CalibrationError(f"calibration: expected {name} to run on the calibration data; it did not")
         if layer.log_input_alpha is not None:
-            layer.calibrate_input_(observer.range.scale(layer.base_plan.delta))
+            layer.calibrate_input_(observer.range.scale(layer.base_plan.delta, layer.weight.detach()))
         rows = observer.rows
         if layer.base_plan.factorized:
             factors = input_factors(observer.reach, layer.weight)

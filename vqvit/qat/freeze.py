@@ -32,7 +32,7 @@ def freeze_(model: nn.Module) -> Report:
                 _fill_block(module, fake)
             else:
                 _fill_layer(module, fake)
-    except (ValueError, RuntimeError):
+    except (ValueError, RuntimeError, KeyboardInterrupt):
         if any(isinstance(module, QuantModule) for module in model.modules()):
             restore(model)
         for name, fake in prepared.items():

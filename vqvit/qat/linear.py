@@ -56,14 +56,15 @@ class FakeQuantLinear(nn.Module):
         self.base_plan = plan
         quantized, symmetric = plan.tier != "fp16", plan.tier == "int8"
         like = {"dtype": torch.float32, "device": self.weight.device}
-        spread = symmetric and self.options.learn == "beta"
-        self.beta = nn.Parameter(torch.tensor(plan.beta, **like)) if spread else None
+        by_beta = self.options.learn == "beta"
+        self.beta = nn.Parameter(torch.tensor(plan.beta, **like)) if symmetric and by_beta else None
         self.log_alpha = None
-        if symmetric and not spread:
+        if symmetric and not by_beta:
             scale = nm.weight_scale(self.weight.detach(), plan.beta, plan.per_channel)
             self.log_alpha = nn.Parameter(st.log_scale(scale if plan.per_channel else scale[:1]))
-        per_token = quantized and plan.activation == "per_token" and plan.role in self.options.delta_roles
-        self.delta = nn.Parameter(torch.tensor(plan.delta, **like)) if per_token else None
+        spread = plan.delta != 0.0 or plan.role in self.options.delta_roles
+        per_token = quantized and self.activation == "per_token" and plan.role != "patch_embed"  # whose op has no δ
+        self.delta = nn.Parameter(torch.tensor(plan.delta, **like)) if per_token and spread else None
         static = quantized and self.activation == "static"
         kept = static and getattr(self, "log_input_alpha", None) is not None
         if not kept:
@@ -161,8 +162,9 @@ class FakeQuantLinear(nn.Module):
         if self.blend == 1.0:
             y = self._quantized_product(rows, fake_x, fake_w)
         else:
-            pairs = ((rows, fake_x.values), (self.weight, fake_w.values))
-            y = F.linear(*(torch.lerp(exact, fake, self.blend) for exact, fake in pairs))
+            activation_term, weight_term, _ = COMPENSATION_TERMS[self.base_plan.compensation]
+            x_hat, w_hat = _values(rows, fake_x, activation_term), _values(self.weight, fake_w, weight_term)
+            y = F.linear(torch.lerp(rows, x_hat, self.blend), torch.lerp(self.weight, w_hat, self.blend))
         if self.bias is not None:
             y = y + self.bias
         if self.base_plan.tier == "fp16" and self.blend == 1.0:
@@ -210,9 +212,6 @@ class FakeQuantLinear(nn.Module):
         acc = st.code_product(quantize_residual(x, a.codes, a.scale), self.weight_residual(b))
         return acc.float() / nm.RESIDUAL_STEPS**2 * (a.scale[:, None] * b.scale)
 
-    def unfold_(self) -> None:
-        """Only a patch embedding has a factor in its weight."""
-
     def weight_residual(self, weight: Fake) -> Tensor:
         """int8 (N, K): what the symmetric codes of the weight leave over, in units of α / 254 (numerics §6)."""
         return quantize_residual(self.weight.detach(), weight.codes, weight.scale.detach())
@@ -227,6 +226,15 @@ class FakeQuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {options}"
 
 
+def _values(x: Tensor, fake: Fake, residual: bool) -> Tensor:
+    """What the codes of x (R, K) stand for, with their residual codes if those take part in the product."""
+    if not residual:
+        return fake.values
+    with torch.no_grad():
+        rest = quantize_residual(x, fake.codes, fake.scale) * fake.scale[:, None] / nm.RESIDUAL_STEPS
+    return fake.values + rest
+
+
 class FakePatchEmbed(FakeQuantLinear):
     """The patch embedding, (B, C, Ht, Wd) to (B, N, Ht/ph, Wd/pw): a linear layer on patches with a scale each.
 
@@ -237,7 +245,17 @@ class FakePatchEmbed(FakeQuantLinear):
         """`weight` is the convolution's (N, C, ph, pw)."""
         super().__init__(plan, weight.flatten(1), bias, half, options)
         self.channels, self.patch = weight.shape[1], tuple(weight.shape[2:])
-        self.register_buffer("equalizer", torch.ones_like(self.weight[0].detach()) if plan.factorized else None)
+
+    @torch.no_grad()
+    def adopt_(self, plan: LayerPlan) -> None:
+        """As for every layer; a plan that is not factorised gives the weight back what `factorize_` moved into it."""
+        equalizer = getattr(self, "equalizer", None)
+        if equalizer is not None and not plan.factorized:
+            self.weight.mul_(equalizer)
+        if equalizer is None or not plan.factorized:
+            equalizer = torch.ones_like(self.weight[0]) if plan.factorized else None
+        self.register_buffer("equalizer", equalizer)
+        super().adopt_(plan)
 
     @property
     def activation(self) -> str:
@@ -253,10 +271,3 @@ class FakePatchEmbed(FakeQuantLinear):
         """Divide the patches by c_k (K,) and multiply the weight's columns by it (numerics §8)."""
         self.weight.mul_(factors)
         self.equalizer = self.equalizer / factors
-
-    @torch.no_grad()
-    def unfold_(self) -> None:
-        """Give the weight back what `factorize_` moved into it."""
-        if self.equalizer is not None:
-            self.weight.mul_(self.equalizer)
-            self.equalizer = None

@@ -12,8 +12,8 @@ class QatOptions:
 
     Attributes:
         learn: one of `LEARNED`, for symmetric int8 weights.
-        delta_roles: roles whose per-token range has a learned δ. Not fc2 by default: with δ its input can no longer be
-            quantized in fc1's epilogue. The patch embedding has none.
+        delta_roles: roles whose per-token range has a learned δ, besides the layers whose plan has one. Not fc2 by
+            default: with δ its input can no longer be quantized in fc1's epilogue. The patch embedding has none.
     """
 
     learn: str = "alpha"

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vqvit.plan import Plan, PlanError
 from vqvit.qat.attention import FakeAttention
@@ -16,7 +16,11 @@ from vqvit.rewriter import match, quantized_modules, replacement_class, swap
 
 
 def prepare_(
-    model: nn.Module, plan: Plan, calibration: Iterable | None = None, options: QatOptions | None = None
+    model: nn.Module,
+    plan: Plan,
+    calibration: Iterable | None = None,
+    options: QatOptions | None = None,
+    progress: bool = False,
 ) -> None:
     """Replace the planned blocks and layers of a float32 model, in place, by trainable ones that compute on codes.
 
@@ -26,6 +30,7 @@ def prepare_(
             weight scales by the error of the layer's output (numerics §2). Without them weight scales start from the
             plan's β, and static scales must come from a state dict before the model runs.
         options: what is learned.
+        progress: show progress bars on stderr.
 
     Raises `PlanError` for a plan that does not fit the model or has no training form, `CalibrationError` for unusable
     data. After an error the model is as it was.
@@ -48,8 +53,8 @@ def prepare_(
     if calibration is None:
         return
     try:
-        calibrate(model, calibration)
-    except (ValueError, RuntimeError, TypeError):
+        calibrate(model, calibration, progress)
+    except (ValueError, RuntimeError, TypeError, KeyboardInterrupt):
         unprepare_(model)
         raise
 
@@ -103,8 +108,29 @@ def retier_(model: nn.Module, layer_name: str, tier: str) -> None:
     compensation = plan.compensation if tier == "int8" else "none"
     factorized = plan.factorized and tier != "fp16"
     layer.adopt_(dataclasses.replace(plan, tier=tier, compensation=compensation, factorized=factorized))
-    if plan.factorized and not factorized:
-        layer.unfold_()
+
+
+def load_snapshot_(model: nn.Module, plan: Plan, state: dict[str, Tensor]) -> None:
+    """Take a prepared model back to a plan of its own, with the state dict that it had then.
+
+    Raises `PlanError` for a plan of other layers, `RuntimeError` for a state dict of another plan. After an error the
+    model is as it was.
+    """
+    layers, before = fake_layers(model), plan_of(model)
+    if [p.name for p in plan.layers] != [p.name for p in before.layers]:
+        raise PlanError(f"load_snapshot_: expected a plan of {len(layers)} layers of this model; got another model's")
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        _load(model, layers, plan, state)
+    except RuntimeError:
+        _load(model, layers, before, saved)
+        raise
+
+
+def _load(model: nn.Module, layers: dict[str, FakeQuantLinear], plan: Plan, state: dict[str, Tensor]) -> None:
+    for planned in plan.layers:
+        layers[planned.name].adopt_(planned)
+    model.load_state_dict(state)
 
 
 def _require_float(model: nn.Module) -> None:

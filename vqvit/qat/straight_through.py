@@ -137,4 +137,5 @@ def spread_scale(weight: Tensor, beta: Tensor, per_channel: bool) -> Tensor:
 def code_product(a: Tensor, b: Tensor) -> Tensor:
     """int32 (M, N) = Σ_k a (M, K) · b (N, K) of int8 codes, exact, by fp32 products of at most `EXACT_K` columns."""
     chunks = zip(a.split(EXACT_K, -1), b.split(EXACT_K, -1), strict=True)
-    return sum((x.float() @ y.float().t()).to(torch.int32) for x, y in chunks)
+    with torch.autocast(a.device.type, enabled=False):
+        return sum((x.float() @ y.float().t()).to(torch.int32) for x, y in chunks)

@@ -21,13 +21,15 @@ pytest.importorskip("sklearn")
 
 ROOT = Path(__file__).resolve().parents[1]
 
+STEPS_SEEN = 6
+
 CONFIG = dataclasses.replace(QUICK, tuning=Tuning(schedule=(0.5, 1.0), steps=1, final_steps=1, batch_size=8))
 
 
 def stubborn() -> torch.nn.Module:
     """A classifier one fc2 of which has to be promoted: its run rolls back twice (see test_progressive.py)."""
-    model = classifier()
-    mlp = model.vit.layers[1].mlp
+    model = classifier(layers=1)
+    mlp = model.vit.layers[0].mlp
     with torch.no_grad():
         mlp.fc1.weight[3], mlp.fc1.bias[3] = 0.0, 0.0
         mlp.fc2.weight[:, 3] = 1000 * mlp.fc2.weight.abs().amax()
@@ -52,7 +54,7 @@ def uninterrupted(start):
     """The integer model, its log, and how many steps there were."""
     model, steps = copy.deepcopy(start), []
     log = quantize_progressively_(model, *sets(), CONFIG, watcher=lambda done, _: steps.append(done))
-    assert [p.layer for p in log.promotions] == ["vit.layers.1.fc2"] * 2
+    assert [p.layer for p in log.promotions] == ["vit.layers.0.fc2"] * 2
     return model, log, steps
 
 
@@ -121,12 +123,12 @@ def test_killed_while_it_writes(start, uninterrupted, tmp_path, monkeypatch, wri
     require_same(model, log, uninterrupted)
 
 
-def test_the_paper_recipe_goes_on_too(start, tmp_path):
+def test_the_paper_recipe_goes_on_too(tmp_path):
     """Static scales, compensation, factorised patches and mixed precision are all in the snapshots."""
     paper = recipe("paper")
     quick = dataclasses.replace(paper.config.tuning, schedule=(1.0,), steps=1, final_steps=1)
     config = dataclasses.replace(paper, config=dataclasses.replace(paper.config, tuning=quick, ranking_images=16))
-    straight, broken = copy.deepcopy(start), copy.deepcopy(start)
+    straight, broken = classifier(), classifier()
     log = quantize_progressively_(straight, *sets(), config)
     for steps in (8, 3, 1):  # into the attention output, the QKV stage and its promotion, and on
         with pytest.raises(StopError):
@@ -156,12 +158,12 @@ def test_killed_by_the_system(start, uninterrupted, tmp_path):
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    seen = [child.stdout.readline().strip() for _ in range(6)]
+    seen = [child.stdout.readline().strip() for _ in range(STEPS_SEEN)]
     time.sleep(0.03)
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    assert seen == uninterrupted[2][:6] and child.returncode == -signal.SIGKILL
+    assert seen == uninterrupted[2][:STEPS_SEEN] and child.returncode == -signal.SIGKILL
     assert not json.loads((tmp_path / "run" / RUN_FILE).read_text())["log"]["passed"]
     model = copy.deepcopy(start)
     log = quantize_progressively_(model, *sets(), CONFIG, workdir=tmp_path / "run", resume=True)

@@ -37,7 +37,7 @@ def require_consistent(arguments: argparse.Namespace) -> None:
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')}: expected --progressive with it; it is missing")
         return
-    for name in ("calibration", "min_speedup", "tiers_by"):
+    for name in ("calibration", "min_speedup"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--progressive: expected no --{name.replace('_', '-')}; --data serves for everything")
     if arguments.data is None:
@@ -70,21 +70,21 @@ def quantize(arguments: argparse.Namespace, model, config):
 
 
 def write(arguments: argparse.Namespace, log) -> dict:
-    """The log beside the checkpoint, and the report where it was asked for. Returns the log's fields."""
+    """The log beside the checkpoint, and the report where it was asked for. Returns the log for the result."""
     from vqvit import report
     from vqvit.progressive import document
 
     log.save(Path(arguments.output) / LOG_FILE)
     if arguments.report:
         report.write(document(log), arguments.report)
-    return log.to_dict()
+    return {"log": log.to_dict()}
 
 
-def to_text(log: dict) -> str:
+def to_text(result: dict) -> str:
     from vqvit import report
     from vqvit.progressive import RunLog, document
 
-    return report.to_text(document(RunLog.from_dict(log)))
+    return report.to_text(document(RunLog.from_dict(result["log"])))
 
 
 def _recipe(arguments: argparse.Namespace):

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> dict:
     config = _configuration(arguments)
     model = hf.load_float(arguments.source).to(device)
     if arguments.progressive:
-        log = progressive.quantize(arguments, model, config)
+        log = progressive.quantize(arguments, model, tiers.choose(model, config, None, arguments).config)
         return {**_save(model, arguments), **progressive.write(arguments, log)}
     batches = None
     if arguments.calibration:
@@ -83,11 +83,12 @@ def run(arguments: argparse.Namespace) -> dict:
 
 def _save(model, arguments: argparse.Namespace) -> dict:
     """Write the checkpoint; returns where it is and its size."""
-    from vqvit import checkpoint, engines, rewriter
+    from vqvit import checkpoint, engines
+    from vqvit.rewriter import plan_of
 
     checkpoint.save(model, arguments.output)
     if arguments.save_plan:
-        tiers.save_plan(rewriter.plan_of(model), arguments.save_plan)
+        tiers.save_plan(plan_of(model), arguments.save_plan)
     _copy_processor(Path(arguments.source), Path(arguments.output))
     before, after = engines.folder_bytes(arguments.source), engines.folder_bytes(arguments.output)
     return {"output": str(arguments.output), "bytes": after, "source_bytes": before, "ratio": after / before}
@@ -97,7 +98,7 @@ def to_text(result: dict) -> str:
     from vqvit.report import text_table
 
     size = f"{result['source_bytes'] / 1e6:.2f} MB -> {result['bytes'] / 1e6:.2f} MB ({result['ratio']:.3f})"
-    if "stages" in result:
+    if "log" in result:
         return f"{progressive.to_text(result)}\n\n{result['output']}: {size}"
     rows = [
         [layer["name"], layer["role"], layer["status"], "x".join(map(str, layer["shape"])), layer["reason"]]

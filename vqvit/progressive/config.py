@@ -66,7 +66,7 @@ class Tuning:
         final_steps: steps of the last tuning of everything together.
         batch_size: images a step.
         scale_rate: learning rate of log α, δ, β and μ at the start of the cosine.
-        weight_rate: that of weights and biases, as a share of the weight's root mean square.
+        weight_rate: that of weights and biases, as a share of the layer's median absolute weight.
         learn: what is trained, of `LEARNABLE`.
         objective: one of `OBJECTIVES`.
         regularizers: factors λ₁ of R_quant and λ₂ of R_smooth (`vqvit.qat.losses`).
@@ -115,7 +115,7 @@ class Acceptance:
     test: str = "exact"
     confidence: float = 0.95
     resamples: int = 2000
-    kl_limit: float | None = 0.02
+    kl_limit: float | None = 0.005
 
     def __post_init__(self):
         _one_of("test", self.test, TESTS)

@@ -61,8 +61,8 @@ def quantize_progressively_(
     """
     task = _read(model, tune, check, config, plan, sensitivity)
     folder = None if workdir is None else Workdir(workdir, _identity(model, task), resume)
-    context = _prepare(model, task, progress)
     run = None if folder is None else folder.load()
+    context = _prepare(model, task, run is None, progress)
     if run is None:
         start = context.student.snapshot()
         run = SavedRun(_empty_log(model, context), start, start)
@@ -125,11 +125,11 @@ def _read(model, tune, check, config, plan, sensitivity) -> Task:
     return Task(named.config, plan, "auto" if cls_only == "on" else cls_only, tuning, checking, scores)
 
 
-def _prepare(model: nn.Module, task: Task, progress: bool) -> Context:
+def _prepare(model: nn.Module, task: Task, calibrate: bool, progress: bool) -> Context:
     """Run the float model over the data, and copy it into a trainable one."""
     batch = task.config.evaluation_batch
     logits = [logits_of(model, samples, batch) for samples in (task.tune, task.check)]
-    student = Student(model, task.plan, task.tune, batch)
+    student = Student(model, task.plan, task.tune if calibrate else None, batch)
     return Context(task.config, student, task.stages, task.tune, task.check, *logits, task.sensitivity, progress)
 
 

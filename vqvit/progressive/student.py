@@ -16,10 +16,12 @@ from vqvit.rewriter import release_float
 class Student:
     """A float model's copy with the planned layers made trainable (`vqvit.qat`), all of them float at first."""
 
-    def __init__(self, model: nn.Module, plan: Plan, samples: Samples, batch_size: int):
-        """Scales start from `samples`. Raises what `vqvit.qat.prepare_` raises."""
+    def __init__(self, model: nn.Module, plan: Plan, samples: Samples | None, batch_size: int):
+        """Scales start from `samples`, or await a snapshot. Raises what `vqvit.qat.prepare_` raises."""
         self.model = copy.deepcopy(model).eval()
-        calibration = [batch.args[0] if batch.args else batch.kwargs for batch in samples.batches(batch_size)]
+        calibration = None
+        if samples is not None:
+            calibration = [batch.args[0] if batch.args else batch.kwargs for batch in samples.batches(batch_size)]
         qat.prepare_(self.model, plan, calibration)
         self.blend({name: 0.0 for name in self.layers})
 

@@ -77,14 +77,14 @@ def _loss(student: Student, lesson: Lesson, index: Tensor, config: Tuning) -> Te
 
 def _parameters(student: Student, layers: tuple[str, ...], config: Tuning) -> list[dict]:
     """Groups for the optimizer, those with a learning rate: all scales; weight and bias of each layer, whose rate is
-    relative to the root mean square of the weight.
+    relative to the median absolute weight: outliers must not speed up the others.
     """
     groups = []
     if "scales" in config.learn and config.scale_rate > 0:
         groups.append({"params": student.scale_parameters(layers), "lr": config.scale_rate})
     if "weights" in config.learn and config.weight_rate > 0:
         for module in (student.layers[name] for name in layers):
-            size = float(module.weight.detach().square().mean().sqrt())
+            size = float(module.weight.detach().abs().median())
             groups.append({"params": module.weight_parameters(), "lr": config.weight_rate * size})
     return [group for group in groups if group["params"]]
 

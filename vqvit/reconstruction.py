@@ -21,6 +21,8 @@ from vqvit.batches import Batch
 from vqvit.guard import float_skeleton
 from vqvit.nn import EncoderBlock, QuantLinear, QuantPatchEmbed
 from vqvit.nn.block import ROLES, equalizer, float_linears, norm_reach
+from vqvit.nn.module import QuantModule
+from vqvit.nn.patch_embed import cut_patches
 from vqvit.rewriter import quantized_modules
 from vqvit.rounding import Moments, Weights, solve
 

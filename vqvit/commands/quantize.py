@@ -2,7 +2,7 @@
 
 SRC is a local folder with config.json and weights; OUT is a new folder, or a vqvit checkpoint to replace.
 Without options: W8A8, per-token activation scales, int8 attention. `--config` reads the same options, or a
-whole plan, from JSON.
+whole plan, from JSON. `--progressive` quantizes in stages, tuning scales and weights on images.
 """
 
 import argparse

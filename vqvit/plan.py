@@ -101,9 +101,9 @@ class LayerPlan:
         bits: one of `WEIGHT_BITS`.
         compensation: one of `COMPENSATIONS`; for tier int8 with symmetric activations, per token or static.
         mu: factor of the last term of the compensation.
+        observer: how a static activation range is chosen, see `OBSERVERS`.
         factorized: of the patch embedding: move the ranges of its input, seen in calibration, into the weight
             (numerics §8).
-        observer: how a static activation range is chosen, see `OBSERVERS`.
     """
 
     name: str
@@ -117,8 +117,8 @@ class LayerPlan:
     bits: int = 8
     compensation: str = "none"
     mu: float = 1.0
-    factorized: bool = False
     observer: str = "ema"
+    factorized: bool = False
 
     def __post_init__(self):
         _one_of(f"role of {self.name}", self.role, ROLES)
@@ -300,10 +300,10 @@ class QuantConfig:
         activations: exceptions from `activation`, in the same form.
         activation, attention, per_channel, equalize, half_dtype: as in `LayerPlan`, `BlockPlan`, `Plan`.
         cls_only: one of `CLS_ONLY`: whether the last block may compute only the tokens that the head reads.
+        observer: how static activation ranges are chosen, as in `LayerPlan`.
         attention_scales: as in `BlockPlan`.
         factorize_patches: factorised scales of the patch embedding, which need calibration data.
         compensations: compensation where it is not "none", in the form of `tiers`.
-        observer: how static activation ranges are chosen, as in `LayerPlan`.
     """
 
     tier: str = "int8"
@@ -315,10 +315,10 @@ class QuantConfig:
     equalize: bool = True
     half_dtype: str = "bfloat16"
     cls_only: str = "auto"
+    observer: str = "ema"
     attention_scales: str = "dynamic"
     factorize_patches: bool = False
     compensations: dict[str, str] = field(default_factory=dict)
-    observer: str = "ema"
 
     def __post_init__(self):
         _one_of("tier", self.tier, TIERS)
@@ -330,10 +330,10 @@ class QuantConfig:
         _one_of("attention", self.attention, ATTENTION)
         _one_of("half_dtype", self.half_dtype, HALF_DTYPES)
         _one_of("cls_only", self.cls_only, CLS_ONLY)
+        read_observer("observer", self.observer)
         _one_of("attention_scales", self.attention_scales, ATTENTION_SCALES)
         for pattern, compensation in self.compensations.items():
             _one_of(f"compensation of {pattern!r}", compensation, COMPENSATIONS)
-        read_observer("observer", self.observer)
 
     def tier_of(self, name: str, role: str) -> str:
         """The tier, or "skip", of layer `name` with `role`."""

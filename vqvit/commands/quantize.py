@@ -83,12 +83,11 @@ def run(arguments: argparse.Namespace) -> dict:
 
 def _save(model, arguments: argparse.Namespace) -> dict:
     """Write the checkpoint; returns where it is and its size."""
-    from vqvit import checkpoint, engines
-    from vqvit.rewriter import plan_of
+    from vqvit import checkpoint, engines, rewriter
 
     checkpoint.save(model, arguments.output)
     if arguments.save_plan:
-        tiers.save_plan(plan_of(model), arguments.save_plan)
+        tiers.save_plan(rewriter.plan_of(model), arguments.save_plan)
     _copy_processor(Path(arguments.source), Path(arguments.output))
     before, after = engines.folder_bytes(arguments.source), engines.folder_bytes(arguments.output)
     return {"output": str(arguments.output), "bytes": after, "source_bytes": before, "ratio": after / before}

@@ -94,6 +94,9 @@ def test_the_log_survives_json_and_becomes_a_report(finished, tmp_path):
     log.save(tmp_path / "log.json")
     assert RunLog.load(tmp_path / "log.json") == log
     report.write(document(log), tmp_path / "report")
+    for damaged in ({}, {"format": 2}, {"format": 1, "plan": {"blocks": [], "layers": []}}, []):
+        with pytest.raises(ProgressiveError, match="run log: expected"):
+            RunLog.from_dict(damaged)
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| QKV |" in text and f"Tuned on {IMAGES} images" in text and "accepted" in text
 
@@ -135,6 +138,8 @@ def test_a_layer_that_cannot_be_quantized_is_promoted_and_nothing_else(model):
     attempts = log.stages[0].attempts
     assert [a.judgement.passed for a in attempts] == [False, False, True] and log.stages[0].passed
     scores = attempts[0].promotion.sensitivity
+    text = report.to_markdown(document(log))
+    assert f"| {name} | MLP | int8 to int8_asym |" in text and f"| {name} | {scores[name]:.2e} |" in text
     assert scores[name] > 5 * max(score for other, score in scores.items() if other != name)
     assert all(len(stage.attempts) == 1 for stage in log.stages[1:])
     check = read_samples("check", sets()[1])

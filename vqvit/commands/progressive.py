@@ -37,7 +37,7 @@ def require_consistent(arguments: argparse.Namespace) -> None:
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')}: expected --progressive with it; it is missing")
         return
-    for name in ("calibration", "min_speedup"):
+    for name in ("calibration", "min_speedup", "tiers_by"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--progressive: expected no --{name.replace('_', '-')}; --data serves for everything")
     if arguments.data is None:

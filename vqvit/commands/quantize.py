@@ -2,7 +2,7 @@
 
 SRC is a local folder with config.json and weights; OUT is a new folder, or a vqvit checkpoint to replace.
 Without options: W8A8, per-token activation scales, int8 attention. `--config` reads the same options, or a
-whole plan, from JSON.
+whole plan, from JSON. `--progressive` quantizes in stages, tuning scales and weights on images.
 """
 
 import argparse
@@ -88,12 +88,11 @@ def run(arguments: argparse.Namespace) -> dict:
 
 def _save(model, arguments: argparse.Namespace) -> dict:
     """Write the checkpoint; returns where it is and its size."""
-    from vqvit import checkpoint, engines
-    from vqvit.rewriter import plan_of
+    from vqvit import checkpoint, engines, rewriter
 
     checkpoint.save(model, arguments.output)
     if arguments.save_plan:
-        tiers.save_plan(plan_of(model), arguments.save_plan)
+        tiers.save_plan(rewriter.plan_of(model), arguments.save_plan)
     _copy_processor(Path(arguments.source), Path(arguments.output))
     before, after = engines.folder_bytes(arguments.source), engines.folder_bytes(arguments.output)
     return {"output": str(arguments.output), "bytes": after, "source_bytes": before, "ratio": after / before}

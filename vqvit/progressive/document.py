@@ -17,7 +17,7 @@ def document(log: RunLog) -> dict:
     """The result document of a run (see `vqvit.report`), finished or not."""
     sections = [_stages(log), _tuning(log)]
     if log.promotions:
-        sections.append(_promotions(log))
+        sections += [_promotions(log), _sensitivity(log)]
     return {
         "title": f"Progressive quantization of {log.model}",
         "summary": [_summary(log)],
@@ -105,6 +105,24 @@ def _promotions(log: RunLog) -> dict:
         "columns": [{"key": key, "label": label, "format": spec} for key, label, spec in columns],
         "rows": rows,
         "notes": [],
+    }
+
+
+def _sensitivity(log: RunLog) -> dict:
+    """The scores behind the first promotion of each stage: all of its layers in their first tier."""
+    ranked = [stage.promotions[0].sensitivity for stage in log.stages if stage.promotions]
+    rows = [{"layer": name, "sensitivity": score} for scores in ranked for name, score in scores.items()]
+    return {
+        "heading": "Sensitivity of the layers of stages with promotions",
+        "columns": [
+            {"key": "layer", "label": "Layer"},
+            {"key": "sensitivity", "label": "Sensitivity", "format": ".2e"},
+        ],
+        "rows": rows,
+        "notes": [
+            "The KL divergence (nats) with only that layer of its stage quantized, or the scores that were given."
+        ],
+        "charts": [{"column": "sensitivity", "title": "Sensitivity"}],
     }
 
 

@@ -48,7 +48,8 @@ def quantize_progressively_(
             `QuantConfig` keeps the recipe's changes by role.
         sensitivity: for each layer of the plan a score, larger for more sensitive. None measures, where a stage fails,
             the KL divergence with only that layer of the stage quantized.
-        workdir: folder for snapshots. A run that was killed goes on from there with `resume`, to the same result.
+        workdir: folder for snapshots. A run that was killed goes on from there with `resume`, to the same result: to
+            the bit where the device and its number of threads compute reproducibly.
         resume: take up the run in `workdir`; begins one where there is none.
         progress: show progress bars on stderr.
         watcher: called after each step, once it is in `workdir`.

@@ -13,14 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "_build"},
-    {"reference", "evaluate", "validation", "native"},
-    {"backends"},
+    {"reference", "evaluate", "validation", "native", "low_bit"},
+    {"backends", "rounding"},
     {"registry"},
     {"provenance"},
     {"ops"},
     {"nn"},
     {"rewriter"},
     {"guard", "shortcut"},
+    {"reconstruction"},
     {"calibration", "hf"},
     {"checkpoint"},
     {"engines"},

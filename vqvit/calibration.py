@@ -11,6 +11,7 @@ from vqvit import numerics as nm
 from vqvit.batches import Batch, read_batch
 from vqvit.nn import QuantLinear
 from vqvit.plan import Plan, QuantConfig
+from vqvit.reconstruction import NotReached, reconstruct_
 from vqvit.rewriter import Report, apply_plan, make_plan, release_float, restore
 
 EMA_DECAY = 0.99
@@ -59,8 +60,9 @@ def quantize_(
     Args:
         model: a float Vision Transformer (Hugging Face, timm or any `nn.Module`), on the device it will run on.
         config: what to do (`QuantConfig`), or exactly what to do (`Plan`); default W8A8, int8 attention.
-        calibration: batches of model inputs: a tensor, a dict of model inputs, or (inputs, labels). Needed only for
-            `activation="static"`.
+        calibration: batches of model inputs: a tensor, a dict of model inputs, or (inputs, labels). Needed for
+            `activation="static"` and `rounding="error_aware"`; with `rounding="auto"`, and with a `Plan`, weights are
+            rounded by their output error where it is given (`vqvit.reconstruction`).
         progress: show a progress bar on stderr.
         keep_float: keep the float weights in memory, so that `restore` brings back exactly this model.
         min_speedup: put blocks and layers back that are not this many times as fast as in float on this device, and
@@ -76,6 +78,9 @@ def quantize_(
     config = config or QuantConfig()
     plan, skipped = (config, ()) if isinstance(config, Plan) else make_plan(model, config)
     static = [layer.name for layer in plan.layers if layer.activation == "static" and layer.tier != "fp16"]
+    rounding = "auto" if isinstance(config, Plan) else config.rounding
+    if rounding == "error_aware" and calibration is None:
+        raise CalibrationError("calibration: expected batches for rounding='error_aware'; got calibration=None")
     batches = _read_calibration(calibration, static)
     example = served or next(iter(batches), None)
     if isinstance(config, Plan):
@@ -86,12 +91,16 @@ def quantize_(
     slower = ()
     try:
         _calibrate(model, static, batches, progress)
+        if batches and rounding != "nearest":
+            reconstruct_(model, batches, progress)
         if served is not None:
             shortened = plan.shortened
             plan, slower = guard.keep_faster(model, plan, served.to(next(model.buffers()).device), min_speedup)
             cls_only = cls_only if plan.shortened == shortened else shortcut.describe(plan.shortened)
-    except (ValueError, RuntimeError, TypeError):
+    except (ValueError, RuntimeError, TypeError) as error:
         restore(model)
+        if isinstance(error, NotReached):
+            raise CalibrationError(str(error)) from error
         raise
     if not keep_float:
         release_float(model)

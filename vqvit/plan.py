@@ -36,6 +36,11 @@ COMPENSATIONS = ("none", "paper", "activation", "weight", "full")
 ATTENTION_SCALES = ("dynamic", "static")
 """Scales of q, k and v: from each token's range, or learned once for each head (numerics §7)."""
 
+ROUNDINGS = ("auto", "nearest", "error_aware")
+"""Weights to the nearest code · by the error of the layer's output on calibration data (`vqvit.rounding`) · by that
+where there are calibration data.
+"""
+
 ROLES = ("patch_embed", "qkv", "attn_out", "fc1", "fc2", "head", "linear")
 
 
@@ -105,6 +110,9 @@ class LayerPlan:
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise PlanError(f"{option} of {self.name}: expected a number; got {value!r}")
+        if self.bits < 8 and (self.tier == "int8_asym" or not self.per_channel):
+            received = f"tier {self.tier}, per_channel {self.per_channel}"
+            raise PlanError(f"{self.name}: expected tier int8 and per_channel with {self.bits} bits; got {received}")
         if self.activation == "per_token_group" and (self.tier == "int8_asym" or self.delta != 0.0):
             received = f"tier {self.tier}, delta {self.delta}"
             raise PlanError(f"{self.name}: expected tier int8 or fp16 and delta 0 with per_token_group; got {received}")
@@ -209,6 +217,7 @@ class Plan:
         width = max((len(layer.name) for layer in self.layers), default=0)
         lines = [
             f"{p.name:{width}}  {p.role:11}  {p.tier:9}  {p.activation}"
+            + (f"  {p.bits} bits" if p.bits < 8 else "")
             + (f"  β={p.beta:g}" if p.beta else "")
             + (f"  δ={p.delta:g}" if p.delta else "")
             for p in self.layers
@@ -225,6 +234,9 @@ class QuantConfig:
         tiers: exceptions: role, or fnmatch pattern on the layer name, to tier or "skip" (leave the layer alone). The
             last match wins.
         activations: exceptions from `activation`, in the same form.
+        bits: of every weight, one of `WEIGHT_BITS`; layers in tier fp16 have no such bits.
+        bits_exceptions: exceptions from `bits`, in the same form.
+        rounding: one of `ROUNDINGS`.
         activation, attention, per_channel, equalize, half_dtype: as in `LayerPlan`, `BlockPlan`, `Plan`.
         cls_only: one of `CLS_ONLY`: whether the last block may compute only the tokens that the head reads.
     """
@@ -238,6 +250,9 @@ class QuantConfig:
     equalize: bool = True
     half_dtype: str = "bfloat16"
     cls_only: str = "auto"
+    bits: int = 8
+    bits_exceptions: dict[str, int] = field(default_factory=dict)
+    rounding: str = "auto"
 
     def __post_init__(self):
         _one_of("tier", self.tier, TIERS)
@@ -249,6 +264,10 @@ class QuantConfig:
         _one_of("attention", self.attention, ATTENTION)
         _one_of("half_dtype", self.half_dtype, HALF_DTYPES)
         _one_of("cls_only", self.cls_only, CLS_ONLY)
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        _one_of("bits", self.bits, WEIGHT_BITS)
+        for pattern, bits in self.bits_exceptions.items():
+            _one_of(f"bits of {pattern!r}", bits, WEIGHT_BITS)
 
     def tier_of(self, name: str, role: str) -> str:
         """The tier, or "skip", of layer `name` with `role`."""
@@ -258,13 +277,25 @@ class QuantConfig:
         """The activation scale of layer `name` with `role`."""
         return _last_match(self.activations, name, role, self.activation)
 
+    def bits_of(self, name: str, role: str) -> int:
+        """The bits of the weight of layer `name` with `role`."""
+        return _last_match(self.bits_exceptions, name, role, self.bits)
+
+    @staticmethod
+    def vqvit(calibrated: bool = True) -> "QuantConfig":
+        """W8A8 at its most accurate: scales for each 128 columns of a token behind GELU and attention, and with
+        calibration data error-aware rounding and measured equalisers.
+        """
+        grouped = {"attn_out": "per_token_group", "fc2": "per_token_group"}
+        return QuantConfig(activations=grouped, rounding="error_aware" if calibrated else "nearest")
+
     @staticmethod
     def from_dict(fields: dict) -> "QuantConfig":
         """Raises `PlanError` for unknown fields or values."""
         return _build(QuantConfig, fields, "configuration")
 
 
-def _last_match(exceptions: dict[str, str], name: str, role: str, default: str) -> str:
+def _last_match(exceptions: dict, name: str, role: str, default):
     for pattern, value in exceptions.items():
         if pattern == role or fnmatch(name, pattern):
             default = value

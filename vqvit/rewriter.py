@@ -318,7 +318,8 @@ def _classify(name: str, module: nn.Linear | nn.Conv2d, shared: set[int]) -> tup
 
 def _layer_plan(name: str, role: str, tier: str, config: QuantConfig) -> LayerPlan:
     activation = "per_token" if role == "patch_embed" else config.activation_of(name, role)  # numerics §8
-    return LayerPlan(name, role, tier, config.per_channel, activation=activation, equalize=config.equalize)
+    bits = 8 if tier == "fp16" else config.bits_of(name, role)
+    return LayerPlan(name, role, tier, config.per_channel, activation=activation, equalize=config.equalize, bits=bits)
 
 
 def _planned_block(modules: dict[str, nn.Module], block: BlockPlan) -> BlockParts:

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LAYER=TIER",
         help="tier of one role or of layers whose name matches a pattern; may be repeated; skip leaves them float",
     )
+    parser.add_argument("--preset", choices=["vqvit"], help="options to start from: vqvit, the most accurate in int8")
+    parser.add_argument("--rounding", help="weights: nearest, error_aware (needs --calibration), or auto")
+    parser.add_argument("--bits", type=int, help="bits of the stored weights: 8, 4 or 3; all of them run as int8")
     parser.add_argument("--activation", help="activation scales: per_token, per_token_asym or static")
     parser.add_argument("--attention", help="int8 or float")
     parser.add_argument(
@@ -42,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--serve-batch", type=common.positive_int, default=1, metavar="N", help="batch size that --min-speedup measures"
     )
-    common.add_data_arguments(parser, "--calibration", False, "images for static activation scales")
+    common.add_data_arguments(
+        parser, "--calibration", False, "images for static activation scales and error-aware rounding"
+    )
     common.add_device_arguments(parser)
 
 
@@ -93,7 +98,7 @@ def _configuration(arguments: argparse.Namespace):
     """The `QuantConfig`, or the `Plan`, that file and options ask for."""
     from vqvit.plan import Plan, PlanError, QuantConfig
 
-    names = ("tier", "activation", "attention", "half_dtype", "cls_only")
+    names = ("tier", "activation", "attention", "half_dtype", "cls_only", "rounding", "bits")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     tiers = {}
     for setting in arguments.set:
@@ -112,9 +117,11 @@ def _configuration(arguments: argparse.Namespace):
         except json.JSONDecodeError as error:
             raise PlanError(f"{path}: expected JSON; got text that fails to parse: {error}") from error
         if isinstance(fields, dict) and "layers" in fields:
-            if options or tiers:
+            if options or tiers or arguments.preset:
                 raise PlanError(f"--config: expected a plan alone; got {path} with options besides")
             return Plan.from_json(text)
+    if arguments.preset:
+        fields = {**dataclasses.asdict(QuantConfig.vqvit(bool(arguments.calibration))), **fields}
     config = QuantConfig.from_dict(fields)
     return dataclasses.replace(config, **options, tiers={**config.tiers, **tiers})
 

@@ -32,15 +32,7 @@ class EncoderBlock(QuantModule):
         self.plan = plan
         self.num_heads, self.softmax_scale, self.activation = parts.num_heads, parts.softmax_scale, parts.activation
         self.eps1, self.eps2 = parts.norm1.eps, parts.norm2.eps
-        qkv_weight, qkv_bias = _fused_projection(parts)
-        linears = {
-            "qkv": (qkv_weight, qkv_bias),
-            "attn_out": (parts.attn_out.weight, parts.attn_out.bias),
-            "fc1": (parts.fc1.weight, parts.fc1.bias),
-            "fc2": (parts.fc2.weight, parts.fc2.bias),
-        }
-        for role, (weight, bias) in linears.items():
-            weight = weight.detach()
+        for role, (weight, bias) in float_linears(parts).items():
             norm = {"qkv": "norm1", "fc1": "norm2"}.get(role)
             if norm is not None:
                 gamma, beta = getattr(parts, norm).weight.detach(), getattr(parts, norm).bias.detach()
@@ -167,17 +159,38 @@ def make_linear(plan: LayerPlan, weight: Tensor, bias: Tensor | None, half: torc
     return QuantLinear(plan, weight, bias)
 
 
+def equalizer(reach: Tensor, weight: Tensor, share: float = 0.5) -> Tensor:
+    """c_k = reach_k^share / (max_n |W_nk|)^(1 - share), normalised to geometric mean 1; fp32 (K,).
+
+    What is divided by c has its range `reach` evened out, and W · c (N, K) those of its columns: numerics §3.
+    """
+    reach, largest = reach.float().clamp(min=1e-5), weight.float().abs().amax(0).clamp(min=1e-5)
+    c = reach**share / largest ** (1 - share)
+    return c / c.log().mean().exp()
+
+
+def norm_reach(gamma: Tensor, beta: Tensor) -> Tensor:
+    """3 |γ_k| + |β_k|: three standard deviations of a LayerNorm's output channel, known without data."""
+    return 3 * gamma.float().abs() + beta.float().abs()
+
+
 def fold_equalizer(gamma: Tensor, beta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Equalise the input channels of a Linear behind a LayerNorm without data (numerics §3): γ/c, β/c, W·c.
 
-    c_k = sqrt((3 |γ_k| + |β_k|) / max_n |W_nk|), normalised to geometric mean 1: three standard deviations of a
-    normalised channel against the largest weight that reads it. The float function does not change.
+    c is `equalizer` of `norm_reach`. The float function does not change.
     """
-    gamma, beta, weight = gamma.float(), beta.float(), weight.float()
-    reach = (3 * gamma.abs() + beta.abs()).clamp(min=1e-5)
-    c = (reach / weight.abs().amax(0).clamp(min=1e-5)).sqrt()
-    c = c / c.log().mean().exp()
-    return gamma / c, beta / c, weight * c
+    c = equalizer(norm_reach(gamma, beta), weight)
+    return gamma.float() / c, beta.float() / c, weight.float() * c
+
+
+def float_linears(parts: BlockParts) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Float weight (N, K) and bias (N,) or None of each of `ROLES`, detached; q, k and v as one projection."""
+    linears = {role: getattr(parts, role) for role in ("attn_out", "fc1", "fc2")}
+    weights = {
+        role: (linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        for role, linear in linears.items()
+    }
+    return {"qkv": _fused_projection(parts), **weights}
 
 
 def _fused_projection(parts: BlockParts) -> tuple[Tensor, Tensor | None]:

@@ -37,16 +37,7 @@ class Variant:
     name: str
     config: QuantConfig = field(default_factory=QuantConfig)
     layers: dict = field(default_factory=dict)
-    blocks: dict = field(default_factory=dict)
     calibrated: bool = False
-
-
-def changed(plan, layers: dict, blocks: dict):
-    return dataclasses.replace(
-        plan,
-        layers=tuple(dataclasses.replace(layer, **layers) for layer in plan.layers),
-        blocks=tuple(dataclasses.replace(block, **blocks) for block in plan.blocks),
-    )
 
 
 def nearest(**fields) -> QuantConfig:
@@ -70,17 +61,18 @@ VARIANTS = (
     Variant("beta = 0.5", nearest(), {"beta": 0.5}),
     Variant("beta = -0.5", nearest(), {"beta": -0.5}),
     Variant("delta = -0.5", nearest(), {"delta": -0.5}),
-    Variant("E_comp of the paper", nearest(), {"compensation": "paper"}),
-    Variant("compensation: activation", nearest(), {"compensation": "activation"}),
-    Variant("compensation: weight", nearest(), {"compensation": "weight"}),
-    Variant("compensation: full", nearest(), {"compensation": "full"}),
+    Variant("E_comp of the paper", nearest(compensations={"*": "paper"})),
+    Variant("compensation: activation", nearest(compensations={"*": "activation"})),
+    Variant("compensation: weight", nearest(compensations={"*": "weight"})),
+    Variant("compensation: full", nearest(compensations={"*": "full"})),
     Variant("attention in float", nearest(attention="float")),
-    Variant("attention scales static per head", nearest(), blocks={"attention_scales": "static"}, calibrated=True),
+    Variant("attention scales static per head", nearest(attention_scales="static"), calibrated=True),
+    Variant("patch scales factorised", nearest(factorize_patches=True), calibrated=True),
     Variant("error-aware rounding", QuantConfig(rounding="error_aware"), calibrated=True),
     Variant("VQ-ViT default, calibrated", default(), calibrated=True),
     Variant("default without equalisation", default(equalize=False), calibrated=True),
     Variant("default without error-aware rounding", default(rounding="nearest")),
-    Variant("default without group scales", default(activation="per_token", activations={}), calibrated=True),
+    Variant("default without group scales", default(activations={}), calibrated=True),
     Variant("W4A8, nearest", default(bits=4, rounding="nearest")),
     Variant("W4A8, error-aware", default(bits=4), calibrated=True),
     Variant("W3A8, error-aware", default(bits=3), calibrated=True),
@@ -119,8 +111,11 @@ def figures(
 ) -> dict:
     """Differences of a variant from the float outputs `reference` (images, outputs)."""
     quantized = copy.deepcopy(model)
-    plan, _ = make_plan(quantized, variant.config)
-    wanted = changed(plan, variant.layers, variant.blocks) if variant.layers or variant.blocks else variant.config
+    wanted = variant.config
+    if variant.layers:
+        plan, _ = make_plan(quantized, variant.config)
+        layers = tuple(dataclasses.replace(layer, **variant.layers) for layer in plan.layers)
+        wanted = dataclasses.replace(plan, layers=layers)
     started = time.perf_counter()
     vqvit.quantize_(quantized, wanted, calibration if variant.calibrated else None)
     seconds = time.perf_counter() - started

@@ -75,6 +75,23 @@ def test_quantiles_split_the_ranking():
     assert tiers(by_quantile(plan, found, 0.5, 0.5)) == "0002020222"
 
 
+def test_quantiles_of_other_rankings():
+    plan = Plan((), tuple(LayerPlan(name, "linear") for name in "abc"))
+    figures = ((1.0, 3.0, 2.0), (2.0, 1.0, 3.0), (3.0, 2.0, 1.0))
+    layers = (
+        LayerScore(n, "linear", s, {"int8": f}, {"int8": d}, sizes())
+        for n, (s, f, d) in zip("abc", figures, strict=True)
+    )
+    found = Sensitivity("labels", "kl", 8, 0.5, (), tuple(layers))
+    for ranking, want in (("score", "012"), ("fisher", "201"), ("damage", "120")):
+        assert tiers(by_quantile(plan, found, 0.3, 0.6, ranking)) == want
+    with pytest.raises(PlanError, match="ranking: expected one of score, fisher, damage; got 'size'"):
+        by_quantile(plan, found, ranking="size")
+    unmeasured = scores((1.0, {}, sizes()))
+    with pytest.raises(PlanError, match="sensitivity of a: expected a figure for tier int8; got none"):
+        by_quantile(*unmeasured, ranking="damage")
+
+
 def test_quantiles_pass_over_a_tier_that_a_layer_cannot_have():
     only = {"int8": 100, "fp16": 200}
     plan, found = scores(*((float(s), {}, only if s == 8 else sizes()) for s in range(1, 11)))
@@ -289,6 +306,11 @@ def counts(result: dict) -> dict[str, int]:
 
 
 def test_quantize_by_sensitivity(capsys, folders, tmp_path):
+    status, other, _ = run(
+        capsys, "quantize", folders["model"], tmp_path / "out", "--tiers-by", "damage=0.5,0.5",
+        "--scores", folders["scores"],
+    )  # fmt: skip
+    assert status == 0 and counts(other) == {"int8": 5, "int8_asym": 0, "fp16": 5}
     status, result, _ = run(
         capsys, "quantize", folders["model"], tmp_path / "out", "--tiers-by", "sensitivity",
         "--sensitivity-data", folders["images"], "--batch-size", 4, "--save-plan", tmp_path / "plans" / "plan.json",
@@ -328,7 +350,10 @@ def test_quantize_by_accuracy(capsys, folders, tmp_path):
 
 
 BAD_REQUESTS = {
-    "kind": (["--tiers-by", "magic"], "--tiers-by: expected one of sensitivity, bytes, kl, top1, feature_error; got"),
+    "kind": (
+        ["--tiers-by", "magic"],
+        "--tiers-by: expected one of sensitivity, fisher, damage, bytes, kl, top1, feature_error",
+    ),
     "number": (["--tiers-by", "kl=low"], "--tiers-by kl: expected a number, not negative; got 'low'"),
     "negative": (["--tiers-by", "bytes=-5MB"], "expected N, NKB or NMB, not negative; got '-5MB'"),
     "one quantile": (["--tiers-by", "sensitivity=0.6"], "expected LOW,HIGH"),

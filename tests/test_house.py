@@ -13,14 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "statistics", "_build"},
-    {"factorize", "reference", "evaluate", "validation", "native", "observers", "scores"},
-    {"backends", "calibration_state"},
+    {"factorize", "reference", "evaluate", "validation", "native", "observers", "scores", "low_bit"},
+    {"backends", "calibration_state", "rounding"},
     {"registry"},
     {"provenance"},
     {"ops"},
     {"nn"},
     {"rewriter", "targets"},
     {"guard", "head_ranges", "patch_ranges", "shortcut"},
+    {"reconstruction"},
     {"calibration", "hf", "sensitivity"},
     {"qat"},
     {"budget", "checkpoint", "progressive"},

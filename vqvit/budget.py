@@ -20,6 +20,9 @@ from vqvit.scores import LayerScore, Sensitivity
 LOW_QUANTILE, HIGH_QUANTILE = 0.6, 0.9
 """Shares of layers up to which they stay int8, and int8_asym."""
 
+RANKINGS = ("score", "fisher", "damage")
+"""What quantiles may rank layers by: S · S_F in int8 · damage measured in int8."""
+
 LOSSES = ("kl", "top1", "feature_error")
 """What an accuracy budget limits: mean KL from the float model, nats · accuracy lost, percentage points · relative
 squared error of the feature."""
@@ -57,21 +60,31 @@ class Verified:
     evaluations: int
 
 
-def by_quantile(plan: Plan, sensitivity: Sensitivity, low: float = LOW_QUANTILE, high: float = HIGH_QUANTILE) -> Plan:
+def by_quantile(
+    plan: Plan,
+    sensitivity: Sensitivity,
+    low: float = LOW_QUANTILE,
+    high: float = HIGH_QUANTILE,
+    ranking: str = "score",
+) -> Plan:
     """Tier int8 where S <= its `low` quantile over the layers, int8_asym where S <= its `high` quantile, else fp16.
 
-    A layer whose other options rule int8_asym out stays int8 there. Raises `PlanError` for quantiles that are none, or
-    layers that were not scored.
+    A layer whose other options rule int8_asym out stays int8 there. `ranking`: one of `RANKINGS`, in place of S.
+
+    Raises `PlanError` for quantiles that are none, or layers that were not scored.
     """
     if not 0.0 <= low <= high <= 1.0:
         raise PlanError(f"quantiles: expected 0 <= low <= high <= 1; got {low:g}, {high:g}")
+    if ranking not in RANKINGS:
+        raise PlanError(f"ranking: expected one of {', '.join(RANKINGS)}; got {ranking!r}")
     scores = {layer.name: sensitivity.layer(layer.name) for layer in plan.layers}
-    values = torch.tensor([score.score for score in scores.values()], dtype=torch.float64)
-    first, second = (values.quantile(q).item() for q in (low, high))
+    values = {name: _rank_value(score, ranking) for name, score in scores.items()}
+    ordered = torch.tensor(list(values.values()), dtype=torch.float64)
+    first, second = (ordered.quantile(q).item() for q in (low, high))
     tiers = {}
     for name, score in scores.items():
         middle = "int8_asym" if "int8_asym" in score.bytes else "int8"
-        tiers[name] = "int8" if score.score <= first else middle if score.score <= second else "fp16"
+        tiers[name] = "int8" if values[name] <= first else middle if values[name] <= second else "fp16"
     return with_tiers(plan, tiers)
 
 
@@ -214,9 +227,13 @@ def _moves(name: str, tier: str, damage: Mapping[str, float], size: Mapping[str,
                 yield Promotion(name, higher, drop, size[higher] - _at(size, tier, name))
 
 
+def _rank_value(score: LayerScore, ranking: str) -> float:
+    return score.score if ranking == "score" else _at(getattr(score, ranking), "int8", score.name)
+
+
 def _at(figures: Mapping, tier: str, name: str):
     if tier not in figures:
-        raise PlanError(f"sensitivity of {name}: expected a figure for tier {tier}; got {', '.join(figures)}")
+        raise PlanError(f"sensitivity of {name}: expected a figure for tier {tier}; got {', '.join(figures) or 'none'}")
     return figures[tier]
 
 

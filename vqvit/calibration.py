@@ -15,6 +15,7 @@ from vqvit.nn import QuantLinear
 from vqvit.observers import CalibrationError, MaxObserver, Ranges, make_observer
 from vqvit.patch_ranges import factorize_, patch_factors
 from vqvit.plan import Plan, QuantConfig
+from vqvit.reconstruction import NotReached, reconstruct_
 from vqvit.rewriter import Report, apply_plan, make_plan, release_float, restore
 
 MIN_IMAGES = 8
@@ -41,9 +42,10 @@ def quantize_(
     Args:
         model: a float Vision Transformer (Hugging Face, timm or any `nn.Module`), on the device it will run on.
         config: what to do (`QuantConfig`), or exactly what to do (`Plan`); default W8A8, int8 attention.
-        calibration: batches of model inputs: a tensor, a dict of model inputs, or (inputs, labels). Needed only for
+        calibration: batches of model inputs: a tensor, a dict of model inputs, or (inputs, labels). Needed for
             `activation="static"`, `attention_scales="static"` and `factorize_patches=True`, and then of at least
-            `MIN_IMAGES` images.
+            `MIN_IMAGES` images, and for `rounding="error_aware"`; with `rounding="auto"`, and with a `Plan`, weights
+            are rounded by their output error where it is given (`vqvit.reconstruction`).
         progress: show a progress bar on stderr.
         keep_float: keep the float weights in memory, so that `restore` brings back exactly this model.
         min_speedup: put blocks and layers back that are not this many times as fast as in float on this device, and
@@ -64,6 +66,9 @@ def quantize_(
     static = [layer.name for layer in plan.layers if layer.activation == "static" and layer.tier != "fp16"]
     heads = [block.name for block in plan.blocks if block.attention_scales == "static"]
     patches = [layer.name for layer in plan.layers if layer.factorized]
+    rounding = "auto" if isinstance(config, Plan) else config.rounding
+    if rounding == "error_aware" and calibration is None:
+        raise CalibrationError("calibration: expected batches for rounding='error_aware'; got calibration=None")
     needed = {"static activation": static, "static attention": heads, "factorised patch": patches}
     batches = _read_calibration(calibration, needed)
     example = served or next(iter(batches), None)
@@ -79,12 +84,16 @@ def quantize_(
         with observed_heads(model, heads):
             _calibrate(model, plan, static, batches, progress, calibration_state, seed)
         calibrate_heads(model, heads, batches, progress)
+        if batches and rounding != "nearest":
+            reconstruct_(model, batches, progress)
         if served is not None:
             shortened = plan.shortened
             plan, slower = guard.keep_faster(model, plan, served.to(next(model.buffers()).device), min_speedup)
             cls_only = cls_only if plan.shortened == shortened else shortcut.describe(plan.shortened)
-    except (ValueError, RuntimeError, TypeError, OSError, KeyboardInterrupt):
+    except (ValueError, RuntimeError, TypeError, OSError, KeyboardInterrupt) as error:
         restore(model)
+        if isinstance(error, NotReached):
+            raise CalibrationError(str(error)) from error
         raise
     if not keep_float:
         release_float(model)

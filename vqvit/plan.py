@@ -41,6 +41,11 @@ OBSERVERS = ("ema", "max", "percentile", "mse", "output_error")
 
 PERCENTILE = 99.99
 
+ROUNDINGS = ("auto", "nearest", "error_aware")
+"""Weights to the nearest code · by the error of the layer's output on calibration data (`vqvit.rounding`) · by that
+where there are calibration data.
+"""
+
 ROLES = ("patch_embed", "qkv", "attn_out", "fc1", "fc2", "head", "linear")
 
 
@@ -131,6 +136,9 @@ class LayerPlan:
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise PlanError(f"{option} of {self.name}: expected a number; got {value!r}")
+        if self.bits < 8 and (self.tier == "int8_asym" or not self.per_channel):
+            received = f"tier {self.tier}, per_channel {self.per_channel}"
+            raise PlanError(f"{self.name}: expected tier int8 and per_channel with {self.bits} bits; got {received}")
         if self.activation == "per_token_group" and (self.tier == "int8_asym" or self.delta != 0.0):
             received = f"tier {self.tier}, delta {self.delta}"
             raise PlanError(f"{self.name}: expected tier int8 or fp16 and delta 0 with per_token_group; got {received}")
@@ -261,6 +269,7 @@ class Plan:
         width = max((len(layer.name) for layer in self.layers), default=0)
         lines = [
             f"{p.name:{width}}  {p.role:11}  {p.tier:9}  {p.activation}"
+            + (f"  {p.bits} bits" if p.bits < 8 else "")
             + (f"  β={p.beta:g}" if p.beta else "")
             + (f"  δ={p.delta:g}" if p.delta else "")
             + (f"  {p.compensation} compensation" if p.compensation != "none" else "")
@@ -298,6 +307,9 @@ class QuantConfig:
         tiers: exceptions: role, or fnmatch pattern on the layer name, to tier or "skip" (leave the layer alone). The
             last match wins.
         activations: exceptions from `activation`, in the same form.
+        bits: of every weight, one of `WEIGHT_BITS`; layers in tier fp16 have no such bits.
+        bits_exceptions: exceptions from `bits`, in the same form.
+        rounding: one of `ROUNDINGS`.
         activation, attention, per_channel, equalize, half_dtype: as in `LayerPlan`, `BlockPlan`, `Plan`.
         cls_only: one of `CLS_ONLY`: whether the last block may compute only the tokens that the head reads.
         observer: how static activation ranges are chosen, as in `LayerPlan`.
@@ -319,6 +331,9 @@ class QuantConfig:
     attention_scales: str = "dynamic"
     factorize_patches: bool = False
     compensations: dict[str, str] = field(default_factory=dict)
+    bits: int = 8
+    bits_exceptions: dict[str, int] = field(default_factory=dict)
+    rounding: str = "auto"
 
     def __post_init__(self):
         _one_of("tier", self.tier, TIERS)
@@ -334,6 +349,10 @@ class QuantConfig:
         _one_of("attention_scales", self.attention_scales, ATTENTION_SCALES)
         for pattern, compensation in self.compensations.items():
             _one_of(f"compensation of {pattern!r}", compensation, COMPENSATIONS)
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        _one_of("bits", self.bits, WEIGHT_BITS)
+        for pattern, bits in self.bits_exceptions.items():
+            _one_of(f"bits of {pattern!r}", bits, WEIGHT_BITS)
 
     def tier_of(self, name: str, role: str) -> str:
         """The tier, or "skip", of layer `name` with `role`."""
@@ -347,13 +366,25 @@ class QuantConfig:
         """The compensation of layer `name` with `role`."""
         return _last_match(self.compensations, name, role, "none")
 
+    def bits_of(self, name: str, role: str) -> int:
+        """The bits of the weight of layer `name` with `role`."""
+        return _last_match(self.bits_exceptions, name, role, self.bits)
+
+    @staticmethod
+    def vqvit(calibrated: bool = True) -> "QuantConfig":
+        """W8A8 at its most accurate: scales for each 128 columns of a token behind GELU and attention, and with
+        calibration data error-aware rounding and measured equalisers.
+        """
+        grouped = {"attn_out": "per_token_group", "fc2": "per_token_group"}
+        return QuantConfig(activations=grouped, rounding="error_aware" if calibrated else "nearest")
+
     @staticmethod
     def from_dict(fields: dict) -> "QuantConfig":
         """Raises `PlanError` for unknown fields or values."""
         return _build(QuantConfig, fields, "configuration")
 
 
-def _last_match(exceptions: dict[str, str], name: str, role: str, default: str) -> str:
+def _last_match(exceptions: dict, name: str, role: str, default):
     for pattern, value in exceptions.items():
         if pattern == role or fnmatch(name, pattern):
             default = value

@@ -173,8 +173,7 @@ def _chart(section: dict, chart: dict) -> bytes | None:
         return None
     needed = [chart[key] for key in ("column", "against", "low", "high") if key in chart]
     rows = [row for row in section["rows"] if all(row.get(key) is not None for key in needed)]
-    height = 3.4 if "against" in chart else 0.7 + 0.38 * len(rows)
-    figure = Figure(figsize=(4.6, height), layout="constrained")
+    figure = Figure(figsize=_size(section, chart, rows), layout="constrained")
     axes = figure.add_subplot()
     draw = _points if "against" in chart else _bars
     draw(axes, section["columns"], chart, rows)
@@ -183,6 +182,14 @@ def _chart(section: dict, chart: dict) -> bytes | None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _size(section: dict, chart: dict, rows: list[dict]) -> tuple[float, float]:
+    """Width and height in inches; bars keep their room beside long names."""
+    if "against" in chart:
+        return 4.6, 3.4
+    longest = max((len(str(row[section["columns"][0]["key"]])) for row in rows), default=0)
+    return 4.6 + 0.08 * max(0, longest - 12), 0.7 + 0.38 * len(rows)
 
 
 def _errors(chart: dict, rows: list[dict]) -> list[list[float]] | None:

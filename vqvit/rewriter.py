@@ -337,6 +337,7 @@ def _layer_plan(name: str, role: str, tier: str, config: QuantConfig) -> LayerPl
     activation = "per_token" if role == "patch_embed" else config.activation_of(name, role)  # numerics §8
     return LayerPlan(
         name, role, tier, config.per_channel, activation=activation, equalize=config.equalize,
+        bits=8 if tier == "fp16" else config.bits_of(name, role),
         compensation=config.compensation_of(name, role), observer=config.observer,
         factorized=config.factorize_patches and role == "patch_embed" and tier != "fp16",
     )  # fmt: skip

@@ -35,7 +35,7 @@ class MatrixScore:
         concentration: σ₁(W) / ‖W‖_F, which is 1 / √(stable rank).
         gradient: E_batch ‖∂L/∂W‖_F of the mean loss of a batch.
         fisher: S_F = Σ mean(g²) ∘ (W - Ŵ)² with int8 Ŵ, g the gradient of one image's loss.
-        damage: measured with this matrix alone in int8; None if it was not measured.
+        damage: measured with this matrix alone quantized, in the first of the tiers measured; None if there was none.
     """
 
     name: str

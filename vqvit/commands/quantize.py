@@ -27,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LAYER=TIER",
         help="tier of one role or of layers whose name matches a pattern; may be repeated; skip leaves them float",
     )
+    parser.add_argument(
+        "--preset",
+        choices=["vqvit", "paper"],
+        help="options to start from: vqvit, the most accurate in int8; with --progressive also paper, its literal recipe",
+    )
+    parser.add_argument("--rounding", help="weights: nearest, error_aware (needs --calibration), or auto")
+    parser.add_argument("--bits", type=int, help="bits of the stored weights: 8, 4 or 3; all of them run as int8")
     parser.add_argument("--activation", help="activation scales: per_token, per_token_asym or static")
     parser.add_argument("--observer", help="static ranges: ema, max, percentile, percentile:P, mse or output_error")
     parser.add_argument(
@@ -47,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--serve-batch", type=common.positive_int, default=1, metavar="N", help="batch size that --min-speedup measures"
     )
     tiers.add_arguments(parser)
-    common.add_data_arguments(parser, "--calibration", False, "images for static activation scales")
+    common.add_data_arguments(
+        parser, "--calibration", False, "images for static activation scales and error-aware rounding"
+    )
     common.add_device_arguments(parser)
     progressive.add_arguments(parser)
 
@@ -62,7 +71,7 @@ def run(arguments: argparse.Namespace) -> dict:
     config = _configuration(arguments)
     model = hf.load_float(arguments.source).to(device)
     if arguments.progressive:
-        log = progressive.quantize(arguments, model, tiers.choose(model, config, None, arguments).config)
+        log = progressive.quantize(arguments, model, config)
         return {**_save(model, arguments), **progressive.write(arguments, log)}
     batches = None
     if arguments.calibration:
@@ -112,7 +121,9 @@ def _configuration(arguments: argparse.Namespace):
     """The `QuantConfig`, or the `Plan`, that file and options ask for."""
     from vqvit.plan import Plan, PlanError, QuantConfig
 
-    names = ("tier", "activation", "attention", "half_dtype", "cls_only", "observer")
+    names = (
+        "tier", "activation", "attention", "half_dtype", "cls_only", "observer", "rounding", "bits",
+    )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     tiers = {}
     for setting in arguments.set:
@@ -131,9 +142,11 @@ def _configuration(arguments: argparse.Namespace):
         except json.JSONDecodeError as error:
             raise PlanError(f"{path}: expected JSON; got text that fails to parse: {error}") from error
         if isinstance(fields, dict) and "layers" in fields:
-            if options or tiers:
+            if options or tiers or arguments.preset:
                 raise PlanError(f"--config: expected a plan alone; got {path} with options besides")
             return Plan.from_json(text)
+    if arguments.preset == "vqvit":
+        fields = {**dataclasses.asdict(QuantConfig.vqvit(bool(arguments.calibration))), **fields}
     config = QuantConfig.from_dict(fields)
     return dataclasses.replace(config, **options, tiers={**config.tiers, **tiers})
 

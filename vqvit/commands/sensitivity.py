@@ -102,8 +102,9 @@ def document(result: dict, device) -> dict:
     """The result document of `vqvit.report`: the first of the ranking with charts, and all of it."""
     from vqvit.provenance import environment
 
+    damage = "KL (nats)" if result["metric"] == "kl" else "feature error"
     charts = [
-        {"column": "damage", "title": f"Damage: {METRICS[result['metric']]}"},
+        {"column": "damage", "title": f"Damage: {damage}"},
         {"column": "score", "title": "S"},
         {"column": "fisher", "title": "S_F, diagonal Fisher"},
     ]

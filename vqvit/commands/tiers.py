@@ -11,16 +11,19 @@ from vqvit.commands import common
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "": 1.0}
 
+RANKINGS = {"sensitivity": "score", "fisher": "fisher", "damage": "damage"}
+"""Kinds of request that are quantiles of a ranking of `vqvit.budget`."""
+
 HELP = (
-    "choose tiers by: sensitivity, or sensitivity=LOW,HIGH (quantiles, default 0.6,0.9); bytes=N, NKB or NMB for the "
-    "tensors of all quantized layers; kl=NATS, top1=POINTS or feature_error=E: promote until the integer model's "
-    "measured loss is within it"
+    "choose tiers by: sensitivity, fisher or damage, a ranking of the layers, perhaps with =LOW,HIGH, the quantiles "
+    "up to which they are int8 and int8_asym (default 0.6,0.9); bytes=N, NKB or NMB for the tensors of all quantized "
+    "layers; kl=NATS, top1=POINTS or feature_error=E: promote until the integer model's measured loss is within it"
 )
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `--tiers-by` asks for: kind, "sensitivity", "bytes" or one of `vqvit.budget.LOSSES`, and its figures."""
+    """What `--tiers-by` asks for: kind, of `RANKINGS`, "bytes" or one of `vqvit.budget.LOSSES`, and its figures."""
 
     kind: str
     figures: tuple[float, ...]
@@ -69,18 +72,18 @@ def read_request(text: str) -> Request:
     from vqvit.plan import PlanError
 
     kind, named, value = text.partition("=")
-    kinds = ("sensitivity", "bytes", *LOSSES)
+    kinds = (*RANKINGS, "bytes", *LOSSES)
     if kind not in kinds:
         raise PlanError(f"--tiers-by: expected one of {', '.join(kinds)}; got {kind!r}")
-    if kind == "sensitivity" and not named:
+    if kind in RANKINGS and not named:
         return Request(kind, ())
     unit = next(unit for unit in UNITS if value.upper().endswith(unit)) if kind == "bytes" else ""
     try:
         figures = tuple(float(part) * UNITS[unit] for part in value[: len(value) - len(unit)].split(","))
     except ValueError:
         figures = ()
-    if len(figures) != (2 if kind == "sensitivity" else 1) or not all(0 <= figure < float("inf") for figure in figures):
-        expected = {"sensitivity": "LOW,HIGH", "bytes": "N, NKB or NMB"}.get(kind, "a number")
+    if len(figures) != (2 if kind in RANKINGS else 1) or not all(0 <= figure < float("inf") for figure in figures):
+        expected = "LOW,HIGH" if kind in RANKINGS else "N, NKB or NMB" if kind == "bytes" else "a number"
         raise PlanError(f"--tiers-by {kind}: expected {expected}, not negative; got {value!r}")
     return Request(kind, figures)
 
@@ -100,11 +103,11 @@ def choose(model, config, calibration: Iterable | None, arguments: argparse.Name
     if arguments.scores:
         scores = Sensitivity.load(arguments.scores)
     else:
-        damage_tiers = () if request.kind == "sensitivity" else ("int8",)
+        damage_tiers = () if request.kind in ("sensitivity", "fisher") else ("int8",)
         scores = sensitivity.measure(model, scoring, plan, damage_tiers=damage_tiers, progress=True)
     facts = {"tiers by": arguments.tiers_by}
-    if request.kind == "sensitivity":
-        plan = budget.by_quantile(plan, scores, *request.figures)
+    if request.kind in RANKINGS:
+        plan = budget.by_quantile(plan, scores, *request.figures, ranking=RANKINGS[request.kind])
     elif request.kind == "bytes":
         plan = budget.by_bytes(plan, scores, int(request.figures[0]))
     else:
@@ -131,7 +134,7 @@ def save_plan(plan, path: str | Path) -> None:
 
 
 def _measured(request: Request) -> bool:
-    return request.kind not in ("sensitivity", "bytes")
+    return request.kind not in (*RANKINGS, "bytes")
 
 
 def _data(model, calibration: Iterable | None, request: Request, arguments: argparse.Namespace) -> tuple[list, list]:

@@ -170,17 +170,28 @@ def make_linear(plan: LayerPlan, weight: Tensor, bias: Tensor | None, half: torc
     return kind(plan, weight, bias)
 
 
+def equalizer(reach: Tensor, weight: Tensor, share: float = 0.5) -> Tensor:
+    """c_k = reach_k^share / (max_n |W_nk|)^(1 - share), normalised to geometric mean 1; fp32 (K,).
+
+    What is divided by c has its range `reach` evened out, and W · c (N, K) those of its columns: numerics §3.
+    """
+    reach, largest = reach.float().clamp(min=1e-5), weight.float().abs().amax(0).clamp(min=1e-5)
+    c = reach**share / largest ** (1 - share)
+    return c / c.log().mean().exp()
+
+
+def norm_reach(gamma: Tensor, beta: Tensor) -> Tensor:
+    """3 |γ_k| + |β_k|: three standard deviations of a LayerNorm's output channel, known without data."""
+    return 3 * gamma.float().abs() + beta.float().abs()
+
+
 def fold_equalizer(gamma: Tensor, beta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Equalise the input channels of a Linear behind a LayerNorm without data (numerics §3): γ/c, β/c, W·c.
 
-    c_k = sqrt((3 |γ_k| + |β_k|) / max_n |W_nk|), normalised to geometric mean 1: three standard deviations of a
-    normalised channel against the largest weight that reads it. The float function does not change.
+    c is `equalizer` of `norm_reach`. The float function does not change.
     """
-    gamma, beta, weight = gamma.float(), beta.float(), weight.float()
-    reach = (3 * gamma.abs() + beta.abs()).clamp(min=1e-5)
-    c = (reach / weight.abs().amax(0).clamp(min=1e-5)).sqrt()
-    c = c / c.log().mean().exp()
-    return gamma / c, beta / c, weight * c
+    c = equalizer(norm_reach(gamma, beta), weight)
+    return gamma.float() / c, beta.float() / c, weight.float() * c
 
 
 def float_linears(parts: BlockParts) -> dict[str, tuple[Tensor, Tensor | None]]:

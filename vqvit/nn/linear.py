@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vqvit import backends, families, ops
+from vqvit import backends, families, low_bit, ops
 from vqvit import numerics as nm
 from vqvit.nn.module import QuantModule
 from vqvit.plan import LayerPlan
@@ -30,7 +30,8 @@ class QuantLinear(QuantModule):
 
     Buffers: codes int8 (N, K), or packed panels where the CPU kernels run; scale fp32 (N,); bias float (N,) or None;
     zero_point int32 (N,) in the `int8_asym` tier; code_sum int32 (N,), Σ_k codes, for asymmetric activations;
-    input_scale fp32 scalar for static activations, None until calibrated.
+    input_scale fp32 scalar for static activations, None until calibrated; multipliers uint8 (N, ⌈K / 128⌉) of weights
+    below 8 bits (`vqvit.low_bit`), whose codes a state dict holds packed.
     """
 
     def __init__(self, plan: LayerPlan, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None):
@@ -40,14 +41,17 @@ class QuantLinear(QuantModule):
         self.out_features, self.in_features = weight.shape
         asymmetric_weight, asymmetric_input = plan.tier == "int8_asym", plan.activation == "per_token_asym"
         _check_weight(plan.name, weight, bias, asymmetric_weight + asymmetric_input)
-        if asymmetric_weight:
+        zero_point = multipliers = None
+        if plan.bits < 8:
+            codes, scale, multipliers = low_bit.quantize_weight(weight, plan.bits)
+        elif asymmetric_weight:
             codes, scale, zero_point = nm.quantize_weight_asymmetric(weight)
         else:
-            scale, zero_point = nm.weight_scale(weight, plan.beta, plan.per_channel), None
+            scale = nm.weight_scale(weight, plan.beta, plan.per_channel)
             codes = nm.quantize_weight(weight, scale)
         code_sum = codes.sum(-1, dtype=torch.int32) if asymmetric_input else None
         self.hold(codes=codes, scale=scale, zero_point=zero_point, code_sum=code_sum, input_scale=None)
-        self.hold(bias=None if bias is None else bias.detach().clone())
+        self.hold(multipliers=multipliers, bias=None if bias is None else bias.detach().clone())
         if plan.activation == "static" and weight.is_meta:
             self.input_scale = torch.empty((), device="meta")  # a checkpoint will fill it
         self.observer = None
@@ -71,12 +75,24 @@ class QuantLinear(QuantModule):
         if self.packed:
             self.codes = ops.unpack_weight(self.codes, self.out_features, self.in_features)
 
-    def assign_(self, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
-        """Put other symmetric weights in place: codes int8 (N, K), scale fp32 (N,), and a bias (N,) if given."""
+    def assign_(
+        self, codes: Tensor, scale: Tensor, bias: Tensor | None = None, multipliers: Tensor | None = None
+    ) -> None:
+        """Put other weights in place: codes int8 (N, K), scale fp32 (N,), and a bias (N,) if given. Zero points stay.
+
+        Weights below 8 bits need their multipliers uint8 (N, ⌈K / 128⌉) too. Raises `ValueError` for other shapes, or
+        for codes that are no multiples of them.
+        """
         shape = (self.out_features, self.in_features)
-        if self.zero_point is not None or codes.shape != shape or codes.dtype != torch.int8 or scale.shape != shape[:1]:
-            received = f"codes {tuple(codes.shape)} {codes.dtype}, scale {tuple(scale.shape)}, tier {self.plan.tier}"
-            raise ValueError(f"{self.plan.name}: expected codes {shape} int8, scale {shape[:1]}, int8; got {received}")
+        if codes.shape != shape or codes.dtype != torch.int8 or scale.shape != shape[:1]:
+            received = f"codes {tuple(codes.shape)} {codes.dtype}, scale {tuple(scale.shape)}"
+            raise ValueError(f"{self.plan.name}: expected codes {shape} int8, scale {shape[:1]}; got {received}")
+        if (self.multipliers is None) != (multipliers is None):
+            expected = "no multipliers" if self.multipliers is None else f"multipliers of its {self.plan.bits} bits"
+            raise ValueError(f"{self.plan.name}: expected {expected}; got {'none' if multipliers is None else 'some'}")
+        if multipliers is not None:
+            low_bit.check_codes(self.plan.name, codes, multipliers, self.plan.bits)
+            self.multipliers = multipliers.to(self.multipliers)
         repack = self.packed
         self.codes, self.scale = codes.to(self.scale.device), scale.to(self.scale)
         if self.code_sum is not None:
@@ -96,11 +112,21 @@ class QuantLinear(QuantModule):
         return self.input_scale
 
     def quantize_input(self, x: Tensor) -> Codes:
-        """Codes of a float activation (M, K)."""
-        row_sum = self.zero_point is not None
+        """Codes of a float activation (M, K). A layer that is observed has no static scale yet."""
         if self.observer is not None:
             self.observer.update(x)
-        elif self.plan.activation == "static":
+        return self._codes_of(x, self.plan.activation == "static" and self.observer is None)
+
+    def seen_input(self, x: Tensor) -> Tensor:
+        """fp32 (M, K): what the codes of a float activation (M, K) stand for."""
+        codes, scale, zero_point, _ = self._codes_of(x, self.input_scale is not None)
+        if scale.dim() == 1:
+            return nm.dequantize(codes, scale, zero_point)
+        return codes.float() * scale.repeat_interleave(nm.GROUP, -1)[:, : self.in_features]
+
+    def _codes_of(self, x: Tensor, static: bool) -> Codes:
+        row_sum = self.zero_point is not None
+        if static:
             codes, scale, sums = ops.quantize_static(x, self.require_input_scale(), None, row_sum)
             return Codes(codes, scale, None, sums if row_sum else None)
         if self.plan.activation == "per_token_group":
@@ -149,15 +175,18 @@ class QuantLinear(QuantModule):
             self.zero_point, self.code_sum,
         )  # fmt: skip
 
+    def plain_codes(self) -> Tensor:
+        """int8 (N, K), whether or not the weights are laid out for a kernel."""
+        return ops.unpack_weight(self.codes, self.out_features, self.in_features) if self.packed else self.codes
+
     def float_weight(self) -> Tensor:
         """fp32 (N, K): what the codes stand for."""
-        plain = self.codes
-        if self.packed:
-            plain = ops.unpack_weight(plain, self.out_features, self.in_features)
-        return nm.dequantize(plain, self.scale, self.zero_point)
+        return nm.dequantize(self.plain_codes(), self.scale, self.zero_point)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, tier={self.plan.tier}, activation={self.plan.activation}"
+        bits = f", bits={self.plan.bits}" if self.plan.bits < 8 else ""
+        options = f"tier={self.plan.tier}{bits}, activation={self.plan.activation}"
+        return f"{self.in_features}, {self.out_features}, {options}"
 
     def _apply(self, fn, recurse=True):
         repack = self.packed
@@ -169,13 +198,18 @@ class QuantLinear(QuantModule):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed:  # checkpoints know one layout
-            plain = ops.unpack_weight(self.codes, self.out_features, self.in_features)
-            destination[prefix + "codes"] = plain
+        codes = self.plain_codes()  # checkpoints know one layout
+        if self.multipliers is not None:
+            codes = low_bit.pack(low_bit.contract(codes, self.multipliers), self.plan.bits)
+        destination[prefix + "codes"] = codes
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         self.unpack_()
-        super()._load_from_state_dict(*args, **kwargs)
+        codes, multipliers = (state_dict.get(prefix + name) for name in ("codes", "multipliers"))
+        if self.multipliers is not None and codes is not None and multipliers is not None:
+            q = low_bit.unpack(codes, self.plan.bits, self.in_features)
+            state_dict[prefix + "codes"] = low_bit.expand(q, multipliers)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class HalfLinear(QuantModule):

@@ -18,11 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check", metavar="PATH", help="images, none of them in --data, to decide by (default: a fifth of --data)"
     )
     group.add_argument("--check-images", type=common.positive_int, metavar="N", help="use at most N images of --check")
-    group.add_argument(
-        "--recipe", metavar="JSON", help="file with fields of ProgressiveConfig, over those of the preset"
-    )
-    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps at each λ (default: the preset's)")
-    group.add_argument("--tolerance", type=float, metavar="τ", help="share of images that may be lost")
+    group.add_argument("--recipe", metavar="JSON", help="file with fields of ProgressiveConfig, over the recipe's")
+    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps at each λ (default: the recipe's)")
+    group.add_argument("--tolerance", type=float, metavar="T", help="share of images that may be lost")
     group.add_argument("--kl-limit", type=float, metavar="NATS", help="mean KL divergence that is acceptable")
     group.add_argument("--seed", type=int, metavar="N", help="of the order of the images")
     group.add_argument("--workdir", metavar="DIR", help="keep snapshots there, to go on after an interruption")

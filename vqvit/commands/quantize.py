@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=["vqvit", "paper"],
-        help="options to start from: vqvit, the most accurate in int8; with --progressive also paper, its literal recipe",
+        help="options to start from: vqvit, the most accurate in int8; with --progressive: paper, its literal recipe",
     )
     parser.add_argument("--rounding", help="weights: nearest, error_aware (needs --calibration), or auto")
     parser.add_argument("--bits", type=int, help="bits of the stored weights: 8, 4 or 3; all of them run as int8")

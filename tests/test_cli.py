@@ -99,6 +99,33 @@ def test_quantize_options(capsys, float_folder, images, tmp_path):
     assert status == 0 and scores["cosine_mean"] > 0.98
 
 
+def test_quantize_preset_with_calibration(capsys, float_folder, images, tmp_path):
+    status, result, _ = run(
+        capsys, "quantize", float_folder, str(tmp_path / "out"), "--preset", "vqvit", "--calibration", images,
+        "--images", "6", "--batch-size", "3", "--bits", "4",
+    )  # fmt: skip
+    assert status == 0
+    layers = {layer["name"].rpartition(".")[2]: layer for layer in result["plan"]["layers"]}
+    assert layers["fc2"]["activation"] == "per_token_group" and layers["fc1"]["activation"] == "per_token"
+    assert {layer["bits"] for layer in result["plan"]["layers"]} == {4}
+    status, scores, _ = run(capsys, "eval", str(tmp_path / "out"), "--data", images, "--reference", float_folder)
+    assert status == 0 and scores["cosine_mean"] > 0.9
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--rounding", "error_aware"), "expected batches for rounding='error_aware'; got calibration=None"),
+        (("--rounding", "up"), "rounding: expected one of auto, nearest, error_aware; got 'up'"),
+        (("--bits", "5"), "bits: expected one of 8, 4, 3; got 5"),
+        (("--bits", "4", "--tier", "int8_asym"), "expected tier int8 and per_channel with 4 bits"),
+    ],
+)
+def test_quantize_rounding_refused(capsys, float_folder, tmp_path, options, message):
+    status, _, err = run(capsys, "quantize", float_folder, str(tmp_path / "out"), *options)
+    assert status != 0 and message in err and not (tmp_path / "out").exists()
+
+
 def test_quantize_leaves_float_what_int8_does_not_make_faster(capsys, monkeypatch, float_folder, tmp_path):
     monkeypatch.setattr(guard, "SECONDS", 0.01)
     command = ["quantize", float_folder, str(tmp_path / "out"), "--serve-batch", "2", "--min-speedup"]

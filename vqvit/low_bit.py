@@ -82,14 +82,14 @@ def search_steps(weight: Tensor, bits: int, gram: Tensor | None = None) -> tuple
     With the Gram matrix (K, K) of the layer's input the error is that of the output, between groups left out: the
     steps of a group are then independent of the others'. Without, it is the squared error of the weight.
     """
-    groups = nm.groups(weight.double())  # (N, G, 128)
-    blocks = None if gram is None else _diagonal_blocks(gram.double())
+    groups = nm.groups(weight.float())  # (N, G, 128)
+    blocks = None if gram is None else _diagonal_blocks(gram.float())
     span = groups.abs().amax((-1, -2))  # (N,)
     best_error = torch.full_like(span, torch.inf)
-    best_scale = span.float()
+    best_scale = span.clone()
     best_multipliers = torch.ones(groups.shape[:2], dtype=torch.uint8, device=weight.device)
     for shrink in SHRINKS:
-        scale = (shrink * span / (code_limit(bits) * multiplier_limit(bits))).float().clamp(min=nm.SCALE_MIN)
+        scale = (shrink * span / (code_limit(bits) * multiplier_limit(bits))).clamp(min=nm.SCALE_MIN)
         multipliers, error = _best_multipliers(groups, scale, bits, blocks)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -101,12 +101,12 @@ def search_steps(weight: Tensor, bits: int, gram: Tensor | None = None) -> tuple
 def _best_multipliers(groups: Tensor, scale: Tensor, bits: int, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
     """The multipliers (N, G) of least error for given scales, and the error of each row."""
     limit = code_limit(bits)
-    best_error = torch.full(groups.shape[:2], torch.inf, dtype=torch.float64, device=groups.device)
+    best_error = torch.full(groups.shape[:2], torch.inf, device=groups.device)
     best = torch.ones(groups.shape[:2], dtype=torch.uint8, device=groups.device)
-    unclipped = groups.abs().amax(-1) / (limit * scale.double().unsqueeze(-1))
+    unclipped = groups.abs().amax(-1) / (limit * scale.unsqueeze(-1))
     for shrink in GROUP_SHRINKS:
         multiplier = torch.round(shrink * unclipped).clamp(1, multiplier_limit(bits))
-        step = (scale.double().unsqueeze(-1) * multiplier).unsqueeze(-1)
+        step = (scale.unsqueeze(-1) * multiplier).unsqueeze(-1)
         difference = torch.round(groups / step).clamp(-limit, limit) * step - groups
         if blocks is None:
             error = difference.square().sum(-1)

@@ -60,7 +60,7 @@ class _Capture:
         raise _Arrived(x)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what is assigned must serve as parameters again, for `restore`
 def reconstruct_(model: nn.Module, batches: list[Batch], progress: bool = False) -> None:
     """Choose equalisers and codes of all int8 layers of a quantized model, in place, by calibration data.
 

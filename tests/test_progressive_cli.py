@@ -45,7 +45,8 @@ def run(capsys, *options: str) -> tuple[int, str, str]:
 def test_a_run_writes_checkpoint_log_and_report(capsys, source, recipe_file, tmp_path):
     options = (source, str(tmp_path / "out"), "--progressive", "--data", "digits-train", "--images", "60")
     options += ("--check", "digits", "--check-images", "50", "--recipe", recipe_file, "--steps", "1", "--seed", "7")
-    status, out, err = run(capsys, *options, "--kl-limit", "0.5", "--report", str(tmp_path / "report"), "--json")
+    options += ("--kl-limit", "0.5", "--report", str(tmp_path / "report"), "--preset", "vqvit", "--json")
+    status, out, err = run(capsys, *options)
     assert status == 0, err
     result = json.loads(out)
     log = RunLog.load(tmp_path / "out" / "progressive.json")
@@ -54,6 +55,7 @@ def test_a_run_writes_checkpoint_log_and_report(capsys, source, recipe_file, tmp
     assert (log.config["seed"], log.config["tuning"]["steps"], log.config["acceptance"]["kl_limit"]) == (7, 1, 0.5)
     assert [t.blend for t in log.stages[0].attempts[0].lambdas] == [0.5, 1.0]
     assert vqvit.rewriter.plan_of(vqvit.load(tmp_path / "out")) == log.plan
+    assert {x.activation for x in log.plan.layers if x.role == "fc2"} == {"per_token_group"}
     assert "Progressive quantization of ViTForImageClassification" in (tmp_path / "report" / "report.html").read_text()
 
 
@@ -80,7 +82,9 @@ def test_a_run_is_taken_up_and_its_text_is_for_people(capsys, source, recipe_fil
         (("--progressive",), "--progressive: expected --data"),
         (("--progressive", "--data", "digits", "--resume"), "--resume: expected --workdir"),
         (("--progressive", "--data", "digits", "--calibration", "digits"), "expected no --calibration"),
-        (("--progressive", "--data", "digits", "--preset", "best"), "expected one of default, paper; got 'best'"),
+        (("--preset", "paper"), "--preset paper: expected --progressive with it"),
+        (("--progressive", "--data", "digits", "--rounding", "error_aware"), "expected nearest or auto"),
+        (("--progressive", "--data", "digits", "--bits", "4"), "expected 8 bits"),
         (("--progressive", "--data", "digits", "--check", "digits"), "expected images that are not tuned on"),
         (("--progressive", "--data", "digits", "--recipe", "nowhere.json"), "nowhere.json"),
         (("--progressive", "--data", "digits", "--steps", "-1"), "steps: expected at least 0; got -1"),

@@ -18,10 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check", metavar="PATH", help="images, none of them in --data, to decide by (default: a fifth of --data)"
     )
     group.add_argument("--check-images", type=common.positive_int, metavar="N", help="use at most N images of --check")
-    group.add_argument("--preset", default=None, help="default, or paper: the paper's literal recipe")
-    group.add_argument("--recipe", metavar="JSON", help="file with fields of ProgressiveConfig, over the preset's")
-    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps at each λ (default: the preset's)")
-    group.add_argument("--tolerance", type=float, metavar="τ", help="share of images that may be lost")
+    group.add_argument("--recipe", metavar="JSON", help="file with fields of ProgressiveConfig, over the recipe's")
+    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps at each λ (default: the recipe's)")
+    group.add_argument("--tolerance", type=float, metavar="T", help="share of images that may be lost")
     group.add_argument("--kl-limit", type=float, metavar="NATS", help="mean KL divergence that is acceptable")
     group.add_argument("--seed", type=int, metavar="N", help="of the order of the images")
     group.add_argument("--workdir", metavar="DIR", help="keep snapshots there, to go on after an interruption")
@@ -31,9 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def require_consistent(arguments: argparse.Namespace) -> None:
     """Raise `ValueError` for options without --progressive, or --progressive without what it needs."""
-    names = ("data", "check", "check_images", "preset", "recipe", "steps", "tolerance", "kl_limit", "seed")
+    names = ("data", "check", "check_images", "recipe", "steps", "tolerance", "kl_limit", "seed")
     given = [name for name in (*names, "workdir", "resume", "report") if getattr(arguments, name) not in (None, False)]
     if not arguments.progressive:
+        if arguments.preset == "paper":
+            raise ValueError("--preset paper: expected --progressive with it; it is missing")
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')}: expected --progressive with it; it is missing")
         return
@@ -91,7 +92,7 @@ def _recipe(arguments: argparse.Namespace):
     """The preset with the file's and the options' changes."""
     from vqvit.progressive import ProgressiveConfig, read_json, recipe
 
-    chosen = recipe(arguments.preset or "default")
+    chosen = recipe("paper" if arguments.preset == "paper" else "default")
     fields = dataclasses.asdict(chosen.config)
     if arguments.recipe:
         fields = _merged(fields, read_json(Path(arguments.recipe)))

@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LAYER=TIER",
         help="tier of one role or of layers whose name matches a pattern; may be repeated; skip leaves them float",
     )
-    parser.add_argument("--preset", choices=["vqvit"], help="options to start from: vqvit, the most accurate in int8")
+    parser.add_argument(
+        "--preset",
+        choices=["vqvit", "paper"],
+        help="options to start from: vqvit, the most accurate in int8; with --progressive: paper, its literal recipe",
+    )
     parser.add_argument("--rounding", help="weights: nearest, error_aware (needs --calibration), or auto")
     parser.add_argument("--bits", type=int, help="bits of the stored weights: 8, 4 or 3; all of them run as int8")
     parser.add_argument("--activation", help="activation scales: per_token, per_token_asym or static")
@@ -67,7 +71,7 @@ def run(arguments: argparse.Namespace) -> dict:
     config = _configuration(arguments)
     model = hf.load_float(arguments.source).to(device)
     if arguments.progressive:
-        log = progressive.quantize(arguments, model, tiers.choose(model, config, None, arguments).config)
+        log = progressive.quantize(arguments, model, config)
         return {**_save(model, arguments), **progressive.write(arguments, log)}
     batches = None
     if arguments.calibration:
@@ -141,7 +145,7 @@ def _configuration(arguments: argparse.Namespace):
             if options or tiers or arguments.preset:
                 raise PlanError(f"--config: expected a plan alone; got {path} with options besides")
             return Plan.from_json(text)
-    if arguments.preset:
+    if arguments.preset == "vqvit":
         fields = {**dataclasses.asdict(QuantConfig.vqvit(bool(arguments.calibration))), **fields}
     config = QuantConfig.from_dict(fields)
     return dataclasses.replace(config, **options, tiers={**config.tiers, **tiers})

@@ -116,6 +116,8 @@ def _read(model, tune, check, config, plan, sensitivity) -> Task:
         cls_only, plan = "on" if plan.shortened else "off", without_shortcut(plan)
     else:
         named = named if plan is None else dataclasses.replace(named, quantization=plan)
+        if named.quantization.rounding == "error_aware":
+            raise ProgressiveError("rounding: expected nearest or auto, for weights are trained; got error_aware")
         cls_only, plan = named.quantization.cls_only, named.plan(model)
     plan_shortcut(model, plan, cls_only, tuning.take(torch.arange(1)))  # fails now rather than after hours
     if missing := sorted({x.role for x in plan.layers if named.config.stage_of(x.role) is None}):

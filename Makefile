@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m vqvit.cli demo --output demo-output
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q tests
+	$(VENV)/bin/python -m pytest -q --numprocesses auto --dist loadfile tests
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,13 @@
-"""Shared fixtures. Without a GPU, Triton's interpreter and the twin of CUDA run the kernels: chosen before imports."""
+"""Shared fixtures. Without a GPU, Triton's interpreter and the twin of CUDA run the kernels: chosen before imports.
+
+Tests that run side by side (pytest-xdist) have one thread each; what depends on their number sets it.
+"""
 
 import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

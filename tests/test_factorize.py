@@ -19,7 +19,7 @@ from vqvit.rewriter import make_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FACTORIZED = QuantConfig(factorize_patches=True)
+FACTORIZED = QuantConfig(rounding="nearest", factorize_patches=True)
 
 
 @pytest.fixture

@@ -330,7 +330,7 @@ def test_learned_scales_recover(model, images):
             layer.log_alpha.add_(math.log(4))
     optimizer = torch.optim.Adam(parameters, 0.1)
     losses = []
-    for _ in range(15):
+    for _ in range(25):
         loss = qat.kl_to_float(model(images).logits, target)
         losses.append(loss.item())
         optimizer.zero_grad()

@@ -133,7 +133,7 @@ def _read_calibration(calibration: Iterable | None, needed: dict[str, list[str]]
     return batches
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _calibrate(
     model: nn.Module,
     plan: Plan,

@@ -48,7 +48,7 @@ def observed_heads(model: nn.Module, names: list[str]) -> Iterator[dict[str, Hea
             block.head_observer = None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def calibrate_heads(model: nn.Module, names: list[str], batches: Iterable[Batch], progress: bool = False) -> None:
     """Give the quantized blocks `names` their static scales, in one pass over the data."""
     if not names:

@@ -64,12 +64,8 @@ class Student:
         return Snapshot(self.plan, {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()})
 
     def load(self, snapshot: Snapshot) -> None:
-        """Become the model of a snapshot, tiers included."""
-        layers = self.layers
-        for planned in snapshot.plan.layers:
-            if layers[planned.name].plan.tier != planned.tier:
-                qat.retier_(self.model, planned.name, planned.tier)
-        self.model.load_state_dict(snapshot.tensors)
+        """Become the model of a snapshot, tiers and all that a promotion drops included."""
+        qat.load_snapshot_(self.model, snapshot.plan, snapshot.tensors)
 
     def frozen_copy(self) -> nn.Module:
         """The integer model with exactly these codes."""

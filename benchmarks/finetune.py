@@ -91,7 +91,7 @@ def finetune(backbone: str, train: str, output: Path, recipe: Recipe, device: to
     if step == 0:
         log_file.write_text(json.dumps({"recipe": dataclasses.asdict(recipe)}) + "\n")
     steps = recipe.images // recipe.batch_size
-    kept_patches = drop_patches(model)
+    dropout = PatchDropout(model)
     model.train()
     started, seen_loss, seen_right, first = time.perf_counter(), 0.0, 0, step
     while step < steps:
@@ -99,7 +99,7 @@ def finetune(backbone: str, train: str, output: Path, recipe: Recipe, device: to
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         chosen = epoch_order(count, recipe, position)
         pixels = augment(images[chosen], recipe.image_size, generator).to(device)
-        kept_patches.keep = 1.0 if position >= recipe.full_from else recipe.keep
+        dropout.keep = 1.0 if position >= recipe.full_from else recipe.keep
         rate = schedule(step, steps, recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["peak"]
@@ -128,7 +128,7 @@ def finetune(backbone: str, train: str, output: Path, recipe: Recipe, device: to
             seen_loss, seen_right = 0.0, 0
         if step % SAVE_STEPS == 0 or step == steps:
             save_state(state_file, step, recipe, model, optimizer)
-    kept_patches.remove()
+    dropout.remove()
     model.eval()
     top1 = accuracy(model, images[count:], labels[count:], recipe.image_size, device)
     with log_file.open("a") as log:
@@ -177,7 +177,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     return [{"params": parameters, "peak": peak, "lr": 0.0} for peak, parameters in peaks.items()]
 
 
-class drop_patches:  # noqa: N801  (used like a function)
+class PatchDropout:
     """Let the embeddings of a transformers model pass on CLS and a random share `keep` of the patches, the same ones
     for all images of a batch.
     """

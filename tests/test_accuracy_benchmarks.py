@@ -104,7 +104,7 @@ def test_rates_fall_from_the_head_to_the_embeddings(folder):
 
 def test_dropped_patches_leave_cls_and_the_share(folder):
     model = finetune.open_backbone(str(folder / "backbone"), 3)
-    drop = finetune.drop_patches(model)
+    drop = finetune.PatchDropout(model)
     drop.keep = 0.5
     embedded = model.vit.embeddings(torch.zeros(2, 3, 16, 16))
     drop.remove()

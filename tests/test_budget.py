@@ -19,13 +19,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 SIZES |= {"image_size": 16, "patch_size": 8}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So small a model gains nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def vit() -> torch.nn.Module:

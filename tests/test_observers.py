@@ -22,13 +22,7 @@ NAMES = (*OBSERVERS, "percentile:99.9")
 STATIC = QuantConfig(activation="static", cls_only="off")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So small a model gains nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def heavy_tailed(rows: int = 200, seed: int = 0) -> torch.Tensor:

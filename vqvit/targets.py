@@ -14,7 +14,7 @@ from vqvit import families
 from vqvit.families import BlockParts
 from vqvit.nn import HalfPatchEmbed, QuantLinear, QuantPatchEmbed
 from vqvit.nn.block import ROLES as BLOCK_ROLES
-from vqvit.nn.block import fold_equalizer, make_linear
+from vqvit.nn.block import equalizer, make_linear, norm_reach
 from vqvit.nn.module import QuantModule
 from vqvit.plan import LayerPlan, Plan, PlanError
 
@@ -97,9 +97,8 @@ def _block_target(layer: LayerPlan, role: str, parts: BlockParts) -> Target:
     if role not in NORMS or not layer.equalize:
         return target
     norm = getattr(parts, NORMS[role])
-    largest = target.weight.float().abs().amax(0, keepdim=True).clamp(min=1e-5)  # all that c knows of W
-    c = fold_equalizer(norm.weight.detach(), norm.bias.detach(), largest)[2] / largest
-    return dataclasses.replace(target, equalizer=c[0])
+    reach = norm_reach(norm.weight.detach(), norm.bias.detach())
+    return dataclasses.replace(target, equalizer=equalizer(reach, target.weight))
 
 
 def _target(layer: LayerPlan, modules: tuple[nn.Module, ...], names: tuple[str, ...]) -> Target:

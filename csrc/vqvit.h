@@ -198,6 +198,7 @@ typedef struct vqvit_encoder_block {
     float eps1, eps2, logit_scale;
     float qkv_delta, attn_out_delta, fc1_delta; /* of the layer's input */
     int32_t activation;                         /* enum vqvit_activation */
+    int32_t attn_out_groups, fc2_groups; /* 0 or 1: a scale for each 128 columns of the layer's input; no delta then */
 } vqvit_encoder_block;
 
 /* int8_encoder_block: x and out (batch, tokens, width) of dtype. */

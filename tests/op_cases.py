@@ -211,7 +211,7 @@ def attention(batch, heads, queries, keys, width, poison: str | None = None) -> 
 
 def block(
     batch, tokens, width, heads, head_dim, hidden, dtype=torch.float32, activation="gelu", packed=True, biases=True,
-    layer_scales=False, deltas=(0.0, 0.0, 0.0), poison=False,
+    layer_scales=False, deltas=(0.0, 0.0, 0.0), poison=False, groups=(False, False),
 ) -> tuple:  # fmt: skip
     """Operands of `int8_encoder_block` with weights of the size that keeps the stream near 1."""
 
@@ -231,7 +231,7 @@ def block(
     )]  # fmt: skip
     scale = [torch.rand(width) + 0.5 if layer_scales else None for _ in range(2)]
     operands = [operand for weight in weights for operand in weight]
-    return x, heads, head_dim**-0.5, *norm(), *norm(), *operands, *scale, activation, *deltas
+    return x, heads, head_dim**-0.5, *norm(), *norm(), *operands, *scale, activation, *deltas, *groups
 
 
 def norm_args(x: Tensor) -> tuple:
@@ -404,6 +404,10 @@ CASES = {
         "plain_weights": partial(block, 1, 13, 64, 2, 32, 128, packed=False, activation="gelu_tanh"),
         "no_activation": partial(block, 1, 13, 64, 2, 32, 128, activation="none"),
         "relu_poisoned": partial(block, 3, 9, 64, 2, 32, 128, activation="relu", poison=True),
+        "groups": partial(block, 2, 37, 192, 3, 64, 384, groups=(True, True), layer_scales=True),
+        "groups_bf16": partial(block, 1, 21, 64, 2, 64, 130, torch.bfloat16, groups=(True, True)),
+        "groups_odd": partial(block, 2, 5, 33, 3, 59, 271, groups=(True, False), deltas=(0.3, 0.0, 0.7)),
+        "groups_poisoned": partial(block, 3, 9, 64, 2, 80, 160, groups=(False, True), poison=True),
         "one_token": partial(block, 3, 1, 64, 1, 64, 64),
         "no_image": partial(block, 0, 4, 64, 2, 32, 128),
         "strided": lambda: (normal(9, 2, 64).transpose(0, 1), *block(2, 9, 64, 2, 32, 128)[1:]),

@@ -1,6 +1,7 @@
 """A block as one op: used where its configuration is the common one, and then with the bits of its ops one by one."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,10 +34,16 @@ MODELS = {
     "layer_scale": dinov2,
 }
 
+CONFIGURATIONS = {
+    "plain": vqvit.QuantConfig(),
+    "grouped": vqvit.QuantConfig.vqvit(calibrated=False),
+    "grouped_fc2": vqvit.QuantConfig(activations={"fc2": "per_token_group"}),
+}
+
 OTHERS = {
     "asymmetric_weight": vqvit.QuantConfig(tiers={"fc1": "int8_asym"}),
     "asymmetric_input": vqvit.QuantConfig(activations={"fc2": "per_token_asym"}),
-    "grouped": vqvit.QuantConfig(activations={"attn_out": "per_token_group"}),
+    "grouped_projection": vqvit.QuantConfig(activations={"qkv": "per_token_group"}),
     "half": vqvit.QuantConfig(tiers={"qkv": "fp16"}),
     "float_attention": vqvit.QuantConfig(attention="float"),
 }
@@ -76,9 +83,12 @@ def calls(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", MODELS)
-def test_same_bits_as_its_ops(name, dtype, calls, monkeypatch):
-    model = quantized(name, vqvit.QuantConfig(), dtype)
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [*((name, "plain") for name in MODELS), *(("layer_scale", name) for name in CONFIGURATIONS if name != "plain")],
+)
+def test_same_bits_as_its_ops(name, config, dtype, calls, monkeypatch):
+    model = quantized(name, CONFIGURATIONS[config], dtype)
     for batch in (1, 3):
         images = torch.randn(batch, 3, 32, 32).to(dtype)
         fused = run(model, images)
@@ -144,5 +154,12 @@ def test_errors_name_the_operand():
     block = blocks(model)[0]
     with pytest.raises(ValueError, match=r"int8_encoder_block: expected packed qkv of shape .*; got"):
         block(torch.randn(1, 4, 60))
+    grouped = vars(block.attn_out.plan) | {
+        "activation": "per_token_group",
+        "delta": 0.5,
+    }  # more than a plan may ask for
+    block.attn_out.plan = SimpleNamespace(**grouped)
+    with pytest.raises(ValueError, match=r"int8_encoder_block: expected attn_out_delta = 0 with .*groups; got 0\.5"):
+        block(torch.randn(1, 4, 64))
     with pytest.raises(TypeError, match="int8_encoder_block: expected x of dtype float32 or float16 or bfloat16"):
         block(torch.zeros(1, 4, 64, dtype=torch.float64))

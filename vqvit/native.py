@@ -69,7 +69,7 @@ class EncoderBlock(ctypes.Structure):
         )),
         *((name, c_int64) for name in ("width", "heads", "head_dim", "hidden")),
         *((name, c_float) for name in ("eps1", "eps2", "logit_scale", "qkv_delta", "attn_out_delta", "fc1_delta")),
-        ("activation", c_int32),
+        *((name, c_int32) for name in ("activation", "attn_out_groups", "fc2_groups")),
     )  # fmt: skip
 
 

@@ -208,7 +208,7 @@ def int8_encoder_block(
     x, num_heads, sm_scale, norm1_weight, norm1_bias, eps1, norm2_weight, norm2_bias, eps2,
     qkv, qkv_scale, qkv_bias, attn_out, attn_out_scale, attn_out_bias, fc1, fc1_scale, fc1_bias,
     fc2, fc2_scale, fc2_bias, layer_scale1=None, layer_scale2=None, activation="gelu",
-    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0,
+    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0, attn_out_groups=False, fc2_groups=False,
 ):  # fmt: skip
     x = x.contiguous()
     batch, tokens, width = x.shape
@@ -224,7 +224,7 @@ def int8_encoder_block(
     ]  # fmt: skip
     block = native.EncoderBlock(
         *map(pointer, operands), width, num_heads, head_dim, hidden, eps1, eps2, sm_scale * nm.LOG2_E, qkv_delta,
-        attn_out_delta, fc1_delta, ACTIVATION[activation],
+        attn_out_delta, fc1_delta, ACTIVATION[activation], attn_out_groups, fc2_groups,
     )  # fmt: skip
     out = torch.empty_like(x)
     run(

@@ -13,13 +13,14 @@ from vqvit.registry import op
     " Tensor norm2_weight, Tensor norm2_bias, float eps2, Tensor qkv, Tensor qkv_scale, Tensor? qkv_bias,"
     " Tensor attn_out, Tensor attn_out_scale, Tensor? attn_out_bias, Tensor fc1, Tensor fc1_scale, Tensor? fc1_bias,"
     " Tensor fc2, Tensor fc2_scale, Tensor? fc2_bias, Tensor? layer_scale1=None, Tensor? layer_scale2=None,"
-    " str activation='gelu', float qkv_delta=0.0, float attn_out_delta=0.0, float fc1_delta=0.0) -> Tensor"
+    " str activation='gelu', float qkv_delta=0.0, float attn_out_delta=0.0, float fc1_delta=0.0,"
+    " bool attn_out_groups=False, bool fc2_groups=False) -> Tensor"
 )
 def _(
     x, num_heads, sm_scale, norm1_weight, norm1_bias, eps1, norm2_weight, norm2_bias, eps2,
     qkv, qkv_scale, qkv_bias, attn_out, attn_out_scale, attn_out_bias, fc1, fc1_scale, fc1_bias,
     fc2, fc2_scale, fc2_bias, layer_scale1=None, layer_scale2=None, activation="gelu",
-    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0,
+    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0, attn_out_groups=False, fc2_groups=False,
 ):  # fmt: skip
     name = "int8_encoder_block"
     va.check_tensor(name, "x", x, va.FLOATS, (None, None, None))
@@ -48,6 +49,8 @@ def _(
         ("layer_scale2", layer_scale2),
     ):
         va.check_optional(name, vector, tensor, va.FLOATS, (width,), x)
+    if attn_out_groups:
+        va.check(attn_out_delta == 0.0, name, "attn_out_delta = 0 with attn_out_groups", attn_out_delta)
     va.check(activation in nm.ACTIVATIONS, name, f"activation in {nm.ACTIVATIONS}", repr(activation))
     return lambda: torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -80,9 +83,12 @@ def int8_encoder_block(
     qkv_delta: float = 0.0,
     attn_out_delta: float = 0.0,
     fc1_delta: float = 0.0,
+    attn_out_groups: bool = False,
+    fc2_groups: bool = False,
 ) -> Tensor:
     """h = x + layer_scale1 ∘ attention(LN1(x)) attn_outᵀ; h + layer_scale2 ∘ act(LN2(h) fc1ᵀ) fc2ᵀ: the ops of a
-    pre-LayerNorm block one after the other, bit for bit, every activation symmetric per token.
+    pre-LayerNorm block one after the other, bit for bit, every activation symmetric per token, or per group of
+    128 columns of a token where that is asked for.
 
     Args:
         x: float (B, S, D). norm weights and biases, layer scales: float (D,).
@@ -90,11 +96,12 @@ def int8_encoder_block(
             fc2 (D, F), each plain or from `pack_weight`, with its fp32 scale and its float bias or None by row.
         sm_scale: of attention's logits. activation: one of `numerics.ACTIVATIONS`.
         qkv_delta, attn_out_delta, fc1_delta: `delta` of the layer's input as in `quantize_per_token`.
+        attn_out_groups, fc2_groups: the layer's input as by `quantize_per_group`; attn_out_delta is 0 then.
 
     Returns: (B, S, D) in x's dtype, to which the first h is rounded too.
     """
     return torch.ops.vqvit.int8_encoder_block(
         x, num_heads, sm_scale, norm1_weight, norm1_bias, eps1, norm2_weight, norm2_bias, eps2, qkv, qkv_scale,
         qkv_bias, attn_out, attn_out_scale, attn_out_bias, fc1, fc1_scale, fc1_bias, fc2, fc2_scale, fc2_bias,
-        layer_scale1, layer_scale2, activation, qkv_delta, attn_out_delta, fc1_delta,
+        layer_scale1, layer_scale2, activation, qkv_delta, attn_out_delta, fc1_delta, attn_out_groups, fc2_groups,
     )  # fmt: skip

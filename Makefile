@@ -1,6 +1,7 @@
 # make demo   train, quantize, reload and measure a ViT; report in demo-output/
 # make test   the tests
 # make check  lint and formatting
+# make sanitize  the op tests on kernels with address and undefined-behaviour sanitizers
 # make bench  latency and error tables, appended to benchmarks/results/
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench
+.PHONY: demo test check sanitize bench
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m vqvit.cli demo --output demo-output
@@ -20,6 +21,9 @@ test: $(INSTALLED)
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+sanitize: $(INSTALLED)
+	$(VENV)/bin/python tests/sanitize.py
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/cpu_latency.py

@@ -159,6 +159,25 @@ def test_struct_matches_the_header(name, struct):
 
 
 @needs_library
+@pytest.mark.parametrize("groups", [0, 1])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_allocation_after_warm_up(allocations, threads, groups):
+    done = subprocess.run([allocations, str(threads), str(groups)], capture_output=True, text=True, check=True)
+    first, last = map(int, done.stdout.split())
+    assert first > 0 and last == 0
+
+
+@pytest.fixture(scope="module")
+def allocations(tmp_path_factory) -> Path:
+    """The program of allocations.cpp on the library that is loaded."""
+    program, library = tmp_path_factory.mktemp("allocations") / "allocations", native.cpu()._name
+    source, rpath = Path(__file__).with_name("allocations.cpp"), f"-Wl,-rpath,{Path(library).parent}"
+    command = [_build.compiler(_build.CPU), "-std=c++17", "-fopenmp", f"-I{CSRC}", source, library, rpath]
+    subprocess.run([*command, "-o", program], check=True)
+    return program
+
+
+@needs_library
 def test_isa_is_chosen_and_forced():
     available = cpu.available_isas()
     assert available[0] == "scalar" and cpu.isa() == available[-1]

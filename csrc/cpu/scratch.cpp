@@ -8,6 +8,12 @@ namespace {
 
 constexpr int64_t kAlignment = 64;  // a cache line and a zmm register
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kKeepsLarger = false;  // a sanitizer sees who leaves a buffer that is as small as asked for
+#else
+constexpr bool kKeepsLarger = true;
+#endif
+
 struct Buffers {
     struct {
         void* data = nullptr;
@@ -25,13 +31,11 @@ thread_local Buffers buffers;
 
 void* scratch(Slot slot, int64_t bytes) {
     auto& buffer = buffers.slots[static_cast<int>(slot)];
-    if (buffer.bytes < bytes) {
+    if (buffer.bytes < bytes || (!kKeepsLarger && buffer.bytes != bytes)) {
         std::free(buffer.data);
-        buffer.bytes = 0;
-        const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-        buffer.data = std::aligned_alloc(kAlignment, static_cast<size_t>(rounded));
-        if (buffer.data == nullptr) throw std::bad_alloc();
-        buffer.bytes = rounded;
+        buffer = {};
+        if (posix_memalign(&buffer.data, kAlignment, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
+        buffer.bytes = bytes;
     }
     return buffer.data;
 }

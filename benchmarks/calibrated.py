@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from vqvit import data, engines, families
-from vqvit.calibration import quantize_
 from vqvit.evaluate import evaluate
 from vqvit.plan import QuantConfig
 from vqvit.provenance import append_csv, provenance_row
+from vqvit.quantize import quantize_
 from vqvit.report import text_table
 
 RESULTS = Path(__file__).parent / "results" / "calibrated.csv"

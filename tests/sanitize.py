@@ -38,7 +38,9 @@ def _with_runtimes() -> int:
     """This command again, with the sanitizers' libraries loaded first."""
     compiler = _build.compiler(_build.CPU)
     paths = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in RUNTIMES
     ]
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}  # torch frees nothing at exit

@@ -12,8 +12,7 @@ from vqvit import budget, cli
 from vqvit.budget import BudgetError, by_accuracy, by_bytes, by_quantile, integer_loss, layer_bytes, with_tiers
 from vqvit.plan import TIERS, BlockPlan, LayerPlan, Plan, PlanError, QuantConfig
 from vqvit.rewriter import make_plan, plan_of
-from vqvit.scores import LayerScore, Sensitivity
-from vqvit.sensitivity import measure
+from vqvit.sensitivity import LayerScore, Sensitivity, measure
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SIZES |= {"image_size": 16, "patch_size": 8}

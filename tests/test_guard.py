@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 import vqvit
-from vqvit import calibration, guard
+from vqvit import guard
 from vqvit.nn import QuantModule
 from vqvit.plan import PlanError
 from vqvit.rewriter import plan_of, quantized_modules
@@ -32,7 +32,7 @@ def given(monkeypatch, int8_ms: list[float]) -> list:
         return {"float": 1.0, "int8": next(times)}
 
     keep_faster = guard.keep_faster
-    monkeypatch.setattr(calibration.guard, "keep_faster", lambda *a: keep_faster(*a, timer=timer))
+    monkeypatch.setattr(guard, "keep_faster", lambda *a: keep_faster(*a, timer=timer))
     return outputs
 
 

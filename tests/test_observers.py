@@ -11,11 +11,10 @@ import transformers
 from torch import nn
 
 import vqvit
-from vqvit import calibration, observers
-from vqvit.calibration import ranges_of
-from vqvit.calibration_state import CalibrationState
+from vqvit.calibration import LayerRange, Ranges, activations, make_observer, observers, ranges_of
+from vqvit.calibration.observers import KINDS
+from vqvit.calibration.state import CalibrationState, Fingerprint
 from vqvit.nn import QuantLinear
-from vqvit.observers import KINDS, LayerRange, Ranges, make_observer
 from vqvit.plan import OBSERVERS, PlanError, QuantConfig, read_observer
 
 NAMES = (*OBSERVERS, "percentile:99.9")
@@ -261,14 +260,14 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, batch: int) -> None:
-    observe_batch = calibration._observe
+    observe_batch = activations._observe
 
     def dying(model, part, index):
         if index == batch:
             raise Killed
         observe_batch(model, part, index)
 
-    monkeypatch.setattr(calibration, "_observe", dying)
+    monkeypatch.setattr(activations, "_observe", dying)
 
 
 @pytest.mark.parametrize("name", OBSERVERS)
@@ -283,9 +282,9 @@ def test_killed_calibration_goes_on_where_it_was(name, monkeypatch, tmp_path):
             vqvit.quantize_(vit(), config, batches, calibration_state=state)
     assert [p.name for p in state.parent.iterdir()] == ["calibration"]
     seen, resumed = [], vit()
-    observe_batch = calibration._observe
+    observe_batch = activations._observe
     with monkeypatch.context() as patch:
-        patch.setattr(calibration, "_observe", lambda m, b, i: (seen.append(i), observe_batch(m, b, i)))
+        patch.setattr(activations, "_observe", lambda m, b, i: (seen.append(i), observe_batch(m, b, i)))
         vqvit.quantize_(resumed, config, batches, calibration_state=state)
     assert seen == list(range(8, 12))
     assert scales(resumed) == scales(whole) and ranges_of(resumed) == ranges_of(whole)
@@ -337,7 +336,7 @@ def test_a_state_that_cannot_be_written_leaves_no_part(monkeypatch, tmp_path):
     killed_state(monkeypatch, tmp_path / "calibration")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "x").mkdir()
-    fingerprint = calibration.Fingerprint("m", "p", "d", 1, 8, 0)
+    fingerprint = Fingerprint("m", "p", "d", 1, 8, 0)
     with pytest.raises(OSError, match="directory"):
         CalibrationState(fingerprint, 1, {"layer": {"maximum": torch.ones(())}}).save(tmp_path / "folder")
     assert {p.name for p in tmp_path.iterdir()} == {"calibration", "folder"}

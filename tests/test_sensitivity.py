@@ -15,9 +15,8 @@ from vqvit.evaluate import pick_output
 from vqvit.nn import QuantLinear
 from vqvit.plan import TIERS, LayerPlan, Plan, PlanError, QuantConfig
 from vqvit.rewriter import make_plan
-from vqvit.scores import LayerScore, MatrixScore, Sensitivity, spearman
-from vqvit.sensitivity import concentration, measure
-from vqvit.targets import find_targets, in_tier, replaced
+from vqvit.sensitivity import LayerScore, MatrixScore, Sensitivity, concentration, measure, spearman
+from vqvit.sensitivity.targets import find_targets, in_tier, replaced
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SIZES |= {"image_size": 16, "patch_size": 8}

@@ -8,11 +8,12 @@ if (_checkout / "kernels" / "quantize.py").is_file() and not (_Path(__path__[0])
 
 from vqvit import ops
 from vqvit.backends import BackendUnavailableError, backend
-from vqvit.calibration import CalibrationError, quantize_
+from vqvit.calibration import CalibrationError
 from vqvit.checkpoint import CheckpointError, load, save
 from vqvit.evaluate import Evaluation, evaluate
 from vqvit.plan import LayerPlan, Plan, PlanError, QuantConfig
 from vqvit.progressive import quantize_progressively_
+from vqvit.quantize import quantize_
 from vqvit.rewriter import LayerReport, Report, restore
 
 __version__ = "0.1.0"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vqvit.calibration import quantize_
 from vqvit.evaluate import evaluate
 from vqvit.plan import TIERS, Plan, PlanError
-from vqvit.scores import LayerScore, Sensitivity
+from vqvit.quantize import quantize_
+from vqvit.sensitivity import LayerScore, Sensitivity
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.6, 0.9
 """Shares of layers up to which they stay int8, and int8_asym."""

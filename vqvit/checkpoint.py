@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 import vqvit
 from vqvit import hf
-from vqvit.calibration import ranges_of
-from vqvit.observers import CalibrationError, Ranges
+from vqvit.calibration import CalibrationError, Ranges, ranges_of
 from vqvit.plan import Plan
 from vqvit.rewriter import apply_plan, pack_weights, plan_of
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from vqvit import checkpoint, hf
 from vqvit.batches import Batch
-from vqvit.calibration import quantize_
 from vqvit.evaluate import forward, pick_output
 from vqvit.plan import QuantConfig
+from vqvit.quantize import quantize_
 
 ENGINES = ("fp32", "bf16", "w8a8")
 

@@ -37,7 +37,8 @@ ATTENTION_SCALES = ("dynamic", "static")
 """Scales of q, k and v: from each token's range, or learned once for each head (numerics §7)."""
 
 OBSERVERS = ("ema", "max", "percentile", "mse", "output_error")
-"""How calibration chooses a static range (`vqvit.observers`); a percentile may be named, as in "percentile:99.9"."""
+"""How calibration chooses a static range (`vqvit.calibration.observers`); a percentile may be named, as in
+"percentile:99.9"."""
 
 PERCENTILE = 99.99
 

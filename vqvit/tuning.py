@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqvit import backends, engines, ops, provenance, reference, timing
-from vqvit.calibration import quantize_
 from vqvit.plan import QuantConfig
+from vqvit.quantize import quantize_
 
 ROUNDS = 15
 

@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    from vqvit import calibration, hf
+    from vqvit import hf
+    from vqvit.quantize import quantize_
 
     progressive.require_consistent(arguments)
     device = common.use_device(arguments)
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if arguments.min_speedup is not None:
         sample = common.random_images(model, arguments.source, arguments.serve_batch, arguments.image_size)
         sample = sample.to(next(model.parameters()).dtype)
-    report = calibration.quantize_(
+    report = quantize_(
         model, chosen.config, batches, progress=True, min_speedup=arguments.min_speedup, sample=sample,
         calibration_state=arguments.calibration_state,
     )  # fmt: skip

@@ -95,7 +95,7 @@ def choose(model, config, calibration: Iterable | None, arguments: argparse.Name
     from vqvit import budget, sensitivity
     from vqvit.plan import ROLES, TIERS, Plan
     from vqvit.rewriter import make_plan
-    from vqvit.scores import Sensitivity
+    from vqvit.sensitivity import Sensitivity
 
     request = read_request(arguments.tiers_by)
     plan = config if isinstance(config, Plan) else make_plan(model, config)[0]

@@ -55,7 +55,7 @@ class QuantLinear(QuantModule):
         if plan.activation == "static" and weight.is_meta:
             self.input_scale = torch.empty((), device="meta")  # a checkpoint will fill it
         self.observer = None
-        self.input_range = None  # what calibration remembers of the input, `vqvit.observers.LayerRange`
+        self.input_range = None  # what calibration remembers of the input, `vqvit.calibration.LayerRange`
 
     @property
     def packed(self) -> bool:

@@ -9,10 +9,9 @@ from tqdm import tqdm
 
 from vqvit import numerics as nm
 from vqvit.batches import read_batch
+from vqvit.calibration import CalibrationError, HeadObserver, make_observer
 from vqvit.evaluate import eval_mode
 from vqvit.factorize import input_factors
-from vqvit.head_ranges import HeadObserver
-from vqvit.observers import CalibrationError, make_observer
 from vqvit.qat import straight_through as st
 from vqvit.qat.attention import FakeAttention
 from vqvit.qat.linear import FakeQuantLinear

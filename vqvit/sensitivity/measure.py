@@ -22,8 +22,8 @@ from vqvit.batches import Batch, read_batch
 from vqvit.evaluate import checked_labels, eval_mode, forward, pick_output
 from vqvit.plan import TIERS, Plan, PlanError, QuantConfig
 from vqvit.rewriter import make_plan
-from vqvit.scores import OBJECTIVES, LayerScore, MatrixScore, Sensitivity
-from vqvit.targets import Part, Target, find_targets, in_tier, replaced
+from vqvit.sensitivity.scores import OBJECTIVES, LayerScore, MatrixScore, Sensitivity
+from vqvit.sensitivity.targets import Part, Target, find_targets, in_tier, replaced
 
 
 def measure(
@@ -40,7 +40,7 @@ def measure(
     Args:
         batches: as for `vqvit.quantize_`; labels are used if every batch has them and the model returns logits.
         plan: default: the one that `vqvit.quantize_` would follow.
-        objective: one of `vqvit.scores.OBJECTIVES`; default: labels, or without them sampled, or features.
+        objective: one of `vqvit.sensitivity.OBJECTIVES`; default: labels, or without them sampled, or features.
         damage_tiers: tiers whose damage is measured, each a pass over the data for every layer; the first is also
             measured for q, k and v alone. Empty measures none.
         seed: of sampled labels and random signs.

@@ -1,19 +1,20 @@
-"""Quantize a model, and give its static activation scales their ranges from data (numerics §3)."""
+"""Quantize a model in place: its plan, its integer modules, and with data its ranges and its rounding."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import nn
-from tqdm import tqdm
 
 from vqvit import guard, shortcut
 from vqvit.batches import Batch, read_batch
-from vqvit.calibration_state import CalibrationState, Fingerprint
-from vqvit.head_ranges import calibrate_heads, observed_heads
-from vqvit.nn import QuantLinear
-from vqvit.observers import CalibrationError, MaxObserver, Ranges, make_observer
-from vqvit.patch_ranges import factorize_, patch_factors
+from vqvit.calibration import (
+    CalibrationError,
+    calibrate_activations,
+    calibrate_heads,
+    factorize_,
+    observed_heads,
+    patch_factors,
+)
 from vqvit.plan import Plan, QuantConfig
 from vqvit.reconstruction import NotReached, reconstruct_
 from vqvit.rewriter import Report, apply_plan, make_plan, release_float, restore
@@ -21,9 +22,6 @@ from vqvit.rewriter import Report, apply_plan, make_plan, release_float, restore
 MIN_IMAGES = 8
 """Fewest images for static scales. Of n + 1 exchangeable images each is as likely to hold a layer's largest input, so
 after n images a new one exceeds a layer's range with probability 1 / (n + 1): 11 % with eight."""
-
-STATE_EVERY = 8
-"""Batches between two writes of the calibration state."""
 
 
 def quantize_(
@@ -51,8 +49,8 @@ def quantize_(
         min_speedup: put blocks and layers back that are not this many times as fast as in float on this device, and
             all of them if the whole model is not; the report says which, with the times. None keeps everything.
         sample: one batch of the size that will be served, for `min_speedup`.
-        calibration_state: a file that keeps an interrupted calibration: written every `STATE_EVERY` batches, gone on
-            from if it is there, and deleted when the ranges are known.
+        calibration_state: a file that keeps an interrupted calibration: gone on from if it is there, and deleted when
+            the ranges are known.
         seed: of the rows that the observer `output_error` samples.
 
     Returns: what was replaced, skipped and why, with the plan.
@@ -82,7 +80,7 @@ def quantize_(
     try:
         factorize_(model, factors)
         with observed_heads(model, heads):
-            _calibrate(model, plan, static, batches, progress, calibration_state, seed)
+            calibrate_activations(model, plan, static, batches, progress, calibration_state, seed)
         calibrate_heads(model, heads, batches, progress)
         if batches and rounding != "nearest":
             reconstruct_(model, batches, progress)
@@ -131,71 +129,3 @@ def _read_calibration(calibration: Iterable | None, needed: dict[str, list[str]]
     if any(needed.values()) and images < MIN_IMAGES:
         raise CalibrationError(f"calibration: expected at least {MIN_IMAGES} images for static scales; got {images}")
     return batches
-
-
-@torch.no_grad()
-def _calibrate(
-    model: nn.Module,
-    plan: Plan,
-    names: list[str],
-    batches: list[Batch],
-    progress: bool,
-    state_file: str | Path | None,
-    seed: int,
-) -> None:
-    if not names:
-        return
-    layers: dict[str, QuantLinear] = {name: model.get_submodule(name) for name in names}
-    observers = {name: make_observer(name, layer.plan.observer, seed) for name, layer in layers.items()}
-    fingerprint = Fingerprint.of(model, plan, batches, seed) if state_file else None
-    done = _resume(state_file, fingerprint, observers, next(model.buffers()).device)
-    try:
-        for name, layer in layers.items():
-            layer.observer = observers[name]
-        bar = tqdm(batches[done:], "calibrating", len(batches), initial=done, unit="batch", disable=not progress)
-        for index, batch in enumerate(bar, done):
-            _observe(model, batch, index)
-            if fingerprint is not None and (index + 1) % STATE_EVERY == 0:
-                CalibrationState.of(fingerprint, index + 1, observers).save(state_file)
-    finally:
-        for layer in layers.values():
-            layer.observer = None
-    for name, layer in layers.items():
-        if not observers[name].started:
-            raise CalibrationError(f"calibration: expected {name} to run on the calibration data; it did not")
-        chosen, scale = observers[name].range(layer.plan.observer, layer.plan.delta, layer.float_weight())
-        layer.input_scale, layer.input_range = scale.clone(), chosen
-    if state_file is not None:
-        Path(state_file).unlink(missing_ok=True)
-
-
-def _resume(
-    path: str | Path | None, fingerprint: Fingerprint | None, observers: dict[str, MaxObserver], device: torch.device
-) -> int:
-    """Batches that the state at `path` has seen, which the observers then have too; 0 without one."""
-    if path is None or not Path(path).exists():
-        return 0
-    state = CalibrationState.load(path, fingerprint)
-    for name, observer in observers.items():
-        observer.load(state.observers.get(name, {}), device)
-    return state.done
-
-
-def _observe(model: nn.Module, batch: Batch, index: int) -> None:
-    placed = batch.to(next(model.buffers()).device)
-    try:
-        model(*placed.args, **placed.kwargs)
-    except CalibrationError:
-        raise
-    except (ValueError, RuntimeError, TypeError) as error:
-        shape = tuple(batch.images.shape)
-        raise CalibrationError(
-            f"calibration: expected images that the model takes; batch {index}, {shape}: {error}"
-        ) from error
-
-
-def ranges_of(model: nn.Module) -> Ranges | None:
-    """The calibrated ranges that a quantized model carries; None if it has no static scales."""
-    layers = ((name, getattr(module, "input_range", None)) for name, module in model.named_modules())
-    found = {name: layer for name, layer in layers if layer is not None}
-    return Ranges(found) if found else None

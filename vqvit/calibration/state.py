@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqvit.batches import Batch
-from vqvit.observers import CalibrationError, MaxObserver
+from vqvit.calibration.observers import CalibrationError, MaxObserver
 from vqvit.plan import Plan
 
 FORMAT = "vqvit calibration 1"

@@ -39,10 +39,41 @@ def test_data() -> Path:
     return Path(folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     """Tiny models gain nothing from more, and lose much on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def float_folder(tmp_path_factory):
+    """A tiny ViT classifier of three classes as a Hugging Face folder."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        image_size=32,
+        patch_size=8,
+        num_labels=3,
+        initializer_range=0.2,
+    )
+    folder = tmp_path_factory.mktemp("models") / "float"
+    ViTForImageClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def quantized_folder(float_folder, tmp_path_factory):
+    """It in W8A8, from the command."""
+    from vqvit import cli
+
+    folder = tmp_path_factory.mktemp("models") / "w8a8"
+    assert cli.main(["quantize", float_folder, str(folder)]) == 0
+    return str(folder)

@@ -30,14 +30,7 @@ from vqvit.rewriter import make_plan
 
 pytest.importorskip("sklearn")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Such small models gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from progressive_cases import classifier
 
 import vqvit
@@ -12,13 +11,7 @@ from vqvit.progressive import RunLog
 
 pytest.importorskip("sklearn")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

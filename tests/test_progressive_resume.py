@@ -19,6 +19,8 @@ from vqvit.progressive.workdir import RUN_FILE
 
 pytest.importorskip("sklearn")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 STEPS_SEEN = 6
@@ -34,14 +36,6 @@ def stubborn() -> torch.nn.Module:
         mlp.fc1.weight[3], mlp.fc1.bias[3] = 0.0, 0.0
         mlp.fc2.weight[:, 3] = 1000 * mlp.fc2.weight.abs().amax()
     return model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Sensitivity scores against dense formulas and autograd, measured damage, and the command that ranks layers."""
+"""Sensitivity scores against dense formulas and autograd, and measured damage."""
 
 import json
 
@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import vqvit
-from vqvit import cli
 from vqvit import numerics as nm
 from vqvit.evaluate import pick_output
 from vqvit.nn import QuantLinear
@@ -18,19 +17,12 @@ from vqvit.rewriter import make_plan
 from vqvit.sensitivity import LayerScore, MatrixScore, Sensitivity, concentration, measure, spearman
 from vqvit.sensitivity.targets import find_targets, in_tier, replaced
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SIZES |= {"image_size": 16, "patch_size": 8}
 FLOAT_PATHS = {"qkv.q": "attention.q_proj", "qkv.k": "attention.k_proj", "qkv.v": "attention.v_proj"}
 FLOAT_PATHS |= {"attn_out": "attention.o_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So small a model gains nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def perturbed(model: nn.Module) -> nn.Module:
@@ -425,63 +417,3 @@ def test_quantized_models_are_refused():
     vqvit.quantize_(model)
     with pytest.raises(PlanError, match="expected a float model"):
         measure(model, unlabelled())
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A float model folder, and a parquet-free folder of images for it."""
-    import numpy as np
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("sensitivity")
-    vit().save_pretrained(root / "model")
-    rng = np.random.default_rng(0)
-    for index in range(8):
-        path = root / "images" / str(index % 2) / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
-    return str(root / "model"), str(root / "images")
-
-
-def test_command(capsys, folders, tmp_path):
-    model, images = folders
-    argv = ["sensitivity", model, "--data", images, "--images", "6", "--output", str(tmp_path / "out")]
-    assert cli.main([*argv, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "sensitivity.json", "results.json", "report.md", "report.html",
-    }  # fmt: skip
-    damages = [row["damage"] for row in result["matrices"]]
-    assert result["images"] == 6 and damages == sorted(damages, reverse=True) and len(damages) == 14
-    scores = Sensitivity.load(tmp_path / "out" / "sensitivity.json")
-    assert scores.correlations == result["correlations"]
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<img alt=") + page.count("matplotlib is not installed") == 3
-    assert cli.main(argv[:6]) == 0
-    out = capsys.readouterr().out
-    assert "Spearman's rank correlation: S and S_F" in out and "vit.layers.0.qkv.q" in out
-
-
-def test_command_without_damage(capsys, folders):
-    model, images = folders
-    argv = ["sensitivity", model, "--data", images, "--damage", "none", "--objective", "sampled", "--json"]
-    assert cli.main(argv) == 0
-    result = json.loads(capsys.readouterr().out)
-    fishers = [row["fisher"] for row in result["matrices"]]
-    assert result["objective"] == "sampled" and fishers == sorted(fishers, reverse=True)
-    assert result["correlations"]["score_damage"] is None
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--damage", "int2"], "expected tiers among int8, int8_asym, fp16; got int2"),
-        (["--objective", "x"], "objective: expected one of"),
-        (["--plan", "absent.json"], "absent.json"),
-    ],
-)
-def test_command_errors(capsys, folders, tmp_path, options, message):
-    model, images = folders
-    output = tmp_path / "out"
-    assert cli.main(["sensitivity", model, "--data", images, "--output", str(output), *options]) == 2
-    assert message in capsys.readouterr().err and not output.exists()

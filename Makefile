@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m vqvit.cli demo --output demo-output
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q --numprocesses auto --dist loadfile tests
+	$(VENV)/bin/python -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder tests
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .

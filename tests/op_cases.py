@@ -404,7 +404,7 @@ CASES = {
         "plain_weights": partial(block, 1, 13, 64, 2, 32, 128, packed=False, activation="gelu_tanh"),
         "no_activation": partial(block, 1, 13, 64, 2, 32, 128, activation="none"),
         "relu_poisoned": partial(block, 3, 9, 64, 2, 32, 128, activation="relu", poison=True),
-        "groups": partial(block, 2, 37, 192, 3, 64, 384, groups=(True, True), layer_scales=True),
+        "groups": partial(block, 2, 11, 64, 3, 64, 260, groups=(True, True), layer_scales=True),
         "groups_bf16": partial(block, 1, 21, 64, 2, 64, 130, torch.bfloat16, groups=(True, True)),
         "groups_odd": partial(block, 2, 5, 33, 3, 59, 271, groups=(True, False), deltas=(0.3, 0.0, 0.7)),
         "groups_poisoned": partial(block, 3, 9, 64, 2, 80, 160, groups=(False, True), poison=True),

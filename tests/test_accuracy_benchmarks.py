@@ -194,7 +194,7 @@ def table(folder, tmp_path_factory):
             output / "cache",
         ]
         options = "--images 24 --held-out 24 --tune-images 24 --check-images 24 --batch 2 --seconds 0.2".split()
-        rows = ["--rows", "bf16,naive,w8a8,progressive,w4a8"]
+        rows = ["--rows", "bf16,w8a8,progressive,w4a8"]
         patch.setattr("sys.argv", ["table2.py", *map(str, [folder / "backbone", *arguments]), *options, *rows])
         table2.main()
     return output
@@ -203,7 +203,7 @@ def table(folder, tmp_path_factory):
 def test_the_table_has_the_chosen_rows(table):
     with open(table / "table2.csv", newline="") as file:
         rows = {entry["key"]: entry for entry in csv.DictReader(file)}
-    assert list(rows) == ["fp32", "bf16", "naive", "w8a8", "progressive", "w4a8"]
+    assert list(rows) == ["fp32", "bf16", "w8a8", "progressive", "w4a8"]
     for key, entry in rows.items():
         assert entry["images"] == "24" and float(entry["b2_median_ms"]) > 0 and float(entry["peak_mib"]) > 0, key
     sizes = {key: float(entry["size_mb"]) for key, entry in rows.items()}

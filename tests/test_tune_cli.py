@@ -6,8 +6,6 @@ import pytest
 import torch
 from cli_cases import check_error, run
 
-from vqvit import cli
-
 
 @pytest.mark.parametrize("source", ["float_folder", "quantized_folder", "vit-ti"])
 def test_tune_predicts(capsys, request, source, tmp_path):
@@ -48,6 +46,7 @@ def fake_gpu(monkeypatch, tmp_path):
 
 
 def test_tune_measures_and_writes_where_the_kernels_look(capsys, fake_gpu, quantized_folder):
+    from vqvit.commands import tune
     from vqvit.kernels import tuned
 
     status, result, err = run(capsys, "tune", quantized_folder, "--batch", "2")
@@ -57,10 +56,8 @@ def test_tune_measures_and_writes_where_the_kernels_look(capsys, fake_gpu, quant
     table = tuned.read(fake_gpu)
     assert table.source == "measured" and table.provenance["device"] == "a GPU"
     assert {tuned.configs(at.kind, 90).index(config) for at, config in table.choices.items()} == {1}
-    assert cli.main(["tune", quantized_folder, "--batch", "2"]) == 0
-    out = capsys.readouterr().out
-    changed = sum(row["predicted"] != 1 for row in result["rows"])
-    assert changed and f"{changed} differ from the predicted ones" in out and "2.00x" in out
+    text, changed = tune.to_text(result), sum(row["predicted"] != 1 for row in result["rows"])
+    assert changed and f"{changed} differ from the predicted ones" in text and "2.00x" in text
 
 
 def test_tune_writes_no_table_from_wrong_results(capsys, monkeypatch, fake_gpu, quantized_folder):

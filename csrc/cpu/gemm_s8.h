@@ -223,10 +223,10 @@ inline void prefetch_tile(const GemmTask& t, const PanelColumns& c, int64_t firs
     const int64_t residual_size = dtype_size(g.residual_dtype);
     for (int64_t m = first; m < first + rows; ++m) {
         const char* out = static_cast<const char*>(t.out) + (m * t.out_stride + c.first) * size;
-        for (int64_t i = 0; i < c.count * size; i += kLine) __builtin_prefetch(out + i, 1);
+        for (int64_t i = 0; i < c.count * size; i += kLine) __builtin_prefetch(out + i, 1, 2);
         if (g.residual == nullptr || g.residual == t.out) continue;
         const char* residual = static_cast<const char*>(g.residual) + (m * g.n + c.first) * residual_size;
-        for (int64_t i = 0; i < c.count * residual_size; i += kLine) __builtin_prefetch(residual + i);
+        for (int64_t i = 0; i < c.count * residual_size; i += kLine) __builtin_prefetch(residual + i, 0, 2);
     }
 }
 

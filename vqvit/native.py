@@ -6,14 +6,13 @@ compiled once into a cache: `$VQVIT_CACHE`, or ~/.cache/vqvit. Nothing happens a
 
 import ctypes
 import hashlib
+import importlib.util
 import logging
 import os
 import threading
 import time
 from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
-
-import torch
 
 from vqvit import _build
 from vqvit._build import CPU, CUDA, CUDA_TWIN, Library
@@ -22,7 +21,7 @@ logger = logging.getLogger("vqvit")
 
 _PACKAGE = Path(__file__).resolve().parent
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 """enum vqvit_dtype."""
 
 STATUS = {
@@ -225,6 +224,8 @@ def _load(library: Library) -> ctypes.CDLL:
 
 def _cuda_arch() -> str:
     """The entry of `_build.CUDA_ARCHS` that serves the current device."""
+    import torch
+
     major, minor = torch.cuda.get_device_capability()
     return "90a" if (major, minor) == (9, 0) else "75" if (major, minor) < (8, 0) else "80"
 
@@ -235,8 +236,10 @@ def _open(path: Path) -> ctypes.CDLL:
     except OSError as error:
         if "GOMP" not in str(error):
             raise
-    # torch made no OpenMP runtime visible (it normally does): take its own copy, else the system's.
-    bundled = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    # torch is not loaded, or made no OpenMP runtime visible: take its copy all the same (it may come later, and two
+    # runtimes would be two pools of threads), else the system's.
+    torch = importlib.util.find_spec("torch")
+    bundled = sorted(Path(torch.origin).parent.glob("lib/libgomp*.so*")) if torch and torch.origin else []
     ctypes.CDLL(str(bundled[0]) if bundled else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(path))
 

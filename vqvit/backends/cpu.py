@@ -10,6 +10,7 @@ from vqvit import native
 from vqvit import numerics as nm
 from vqvit.backends.operands import (
     ACTIVATION,
+    DTYPES,
     TERM_BITS,
     contiguous,
     dtype_code,
@@ -60,7 +61,7 @@ def quantize_per_group(x, equalizer=None):
     scale = x.new_empty((*rows, nm.group_count(k)), dtype=torch.float32)
     run(
         native.cpu().vqvit_cpu_quantize_per_group,
-        x.data_ptr(), native.DTYPES[x.dtype], rows.numel(), k, pointer(equalizer), codes.data_ptr(), scale.data_ptr(),
+        x.data_ptr(), DTYPES[x.dtype], rows.numel(), k, pointer(equalizer), codes.data_ptr(), scale.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return codes, scale
@@ -89,7 +90,7 @@ def patchify_quantize(pixels, patch_height, patch_width, equalizer=None):
     scale = pixels.new_empty(rows, dtype=torch.float32)
     run(
         native.cpu().vqvit_cpu_patchify_quantize,
-        pixels.data_ptr(), native.DTYPES[pixels.dtype], batch, channels, height, width, patch_height, patch_width,
+        pixels.data_ptr(), DTYPES[pixels.dtype], batch, channels, height, width, patch_height, patch_width,
         pointer(equalizer), codes.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return codes, scale
@@ -112,7 +113,7 @@ def int8_linear(
     )
     out = a.new_empty((gemm.m, gemm.n), dtype=out_dtype)
     threads = torch.get_num_threads()
-    run(native.cpu().vqvit_cpu_int8_linear, gemm, out.data_ptr(), native.DTYPES[out_dtype], threads)
+    run(native.cpu().vqvit_cpu_int8_linear, gemm, out.data_ptr(), DTYPES[out_dtype], threads)
     del operands
     return out
 
@@ -157,7 +158,7 @@ def quantize_residual(x, codes, scale):
     rows, k = scale.numel(), x.shape[-1]
     run(
         native.cpu().vqvit_cpu_quantize_residual,
-        x.data_ptr(), native.DTYPES[x.dtype], codes.data_ptr(), scale.data_ptr(), rows, k, out.data_ptr(),
+        x.data_ptr(), DTYPES[x.dtype], codes.data_ptr(), scale.data_ptr(), rows, k, out.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -173,7 +174,7 @@ def int8_linear_compensated(
     run(
         native.cpu().vqvit_cpu_int8_linear_compensated,
         gemm, pointer(a_residual), pointer(b_residual), TERM_BITS[mode], 1 / nm.RESIDUAL_STEPS,
-        mu / nm.RESIDUAL_STEPS**2, out.data_ptr(), native.DTYPES[out_dtype], torch.get_num_threads(),
+        mu / nm.RESIDUAL_STEPS**2, out.data_ptr(), DTYPES[out_dtype], torch.get_num_threads(),
     )  # fmt: skip
     del operands
     return out
@@ -186,7 +187,7 @@ def quantize_qkv(qkv, num_heads):
     outputs = _empty_qkv(qkv, batch, num_heads, tokens, head_dim)
     run(
         native.cpu().vqvit_cpu_quantize_qkv,
-        qkv.data_ptr(), native.DTYPES[qkv.dtype], batch, tokens, num_heads, head_dim,
+        qkv.data_ptr(), DTYPES[qkv.dtype], batch, tokens, num_heads, head_dim,
         *(t.data_ptr() for t in outputs), torch.get_num_threads(),
     )  # fmt: skip
     return outputs
@@ -199,7 +200,7 @@ def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch
     run(
         native.cpu().vqvit_cpu_int8_attention,
         *(t.data_ptr() for t in operands), sm_scale * nm.LOG2_E, batch, heads, queries, k.shape[2], width,
-        out.data_ptr(), native.DTYPES[out_dtype], torch.get_num_threads(),
+        out.data_ptr(), DTYPES[out_dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -229,7 +230,7 @@ def int8_encoder_block(
     out = torch.empty_like(x)
     run(
         native.cpu().vqvit_cpu_int8_encoder_block,
-        block, x.data_ptr(), native.DTYPES[x.dtype], batch, tokens, out.data_ptr(), torch.get_num_threads(),
+        block, x.data_ptr(), DTYPES[x.dtype], batch, tokens, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -263,7 +264,7 @@ def _quantize(x, static_scale, delta, equalizer, symmetric, row_sum):
     zero_point, sums = int32(x, rows, not symmetric), int32(x, rows, row_sum)
     run(
         native.cpu().vqvit_cpu_quantize,
-        x.data_ptr(), native.DTYPES[x.dtype], scale.numel(), k, pointer(equalizer), pointer(static_scale), delta,
+        x.data_ptr(), DTYPES[x.dtype], scale.numel(), k, pointer(equalizer), pointer(static_scale), delta,
         symmetric, codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), sums.data_ptr() if row_sum else None,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -281,7 +282,7 @@ def _layernorm_quantize(x, residual, weight, bias, eps, layer_scale, delta, stat
     sums = int32(x, rows, row_sum)
     run(
         native.cpu().vqvit_cpu_layernorm_quantize,
-        x.data_ptr(), native.DTYPES[x.dtype], pointer(residual), dtype_code(residual), pointer(layer_scale),
+        x.data_ptr(), DTYPES[x.dtype], pointer(residual), dtype_code(residual), pointer(layer_scale),
         weight.data_ptr(), bias.data_ptr(), scale.numel(), x.shape[-1], eps, paper, delta, pointer(static_scale),
         codes.data_ptr(), scale.data_ptr(), sums.data_ptr() if row_sum else None, pointer(stream),
         torch.get_num_threads(),

@@ -12,7 +12,7 @@ import torch
 
 from vqvit import native, reference
 from vqvit import numerics as nm
-from vqvit.backends.operands import TERM_BITS, contiguous, dtype_code, int32, native_gemm, pointer, row_major
+from vqvit.backends.operands import DTYPES, TERM_BITS, contiguous, dtype_code, int32, native_gemm, pointer, row_major
 from vqvit.kernels.devices import CUDA_MIN_CAPABILITY, too_old
 from vqvit.native import run
 from vqvit.reference import pack_weight, unpack_weight  # noqa: F401  (a layout for CPUs: one implementation)
@@ -143,7 +143,7 @@ def int8_linear(
     zero_points = (a_zero, a_sum, b_zero, b_sum)
     gemm, operands = _gemm(a, a_scale, b, b_scale, bias, layer_scale, residual, zero_points, activation)
     out = a.new_empty((gemm.m, gemm.n), dtype=out_dtype)
-    _call("int8_linear", gemm, pointer(out), native.DTYPES[out_dtype])
+    _call("int8_linear", gemm, pointer(out), DTYPES[out_dtype])
     del operands
     return out
 
@@ -198,7 +198,7 @@ def int8_linear_compensated(
     out = a.new_empty((gemm.m, gemm.n), dtype=out_dtype)
     _call(
         "int8_linear_compensated", gemm, pointer(a_residual), pointer(b_residual), TERM_BITS[mode],
-        1 / nm.RESIDUAL_STEPS, mu / nm.RESIDUAL_STEPS**2, pointer(out), native.DTYPES[out_dtype],
+        1 / nm.RESIDUAL_STEPS, mu / nm.RESIDUAL_STEPS**2, pointer(out), DTYPES[out_dtype],
     )  # fmt: skip
     del operands
     return out
@@ -208,7 +208,7 @@ def int8_linear_compensated(
 def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch.float32):
     out = q.new_empty((q.shape[0], q.shape[2], q.shape[1] * q.shape[3]), dtype=out_dtype)
     operands, sizes = _attention(q, k, v, q_scale, k_scale, v_scale, sm_scale)
-    _call("int8_attention", *map(pointer, operands), *sizes, pointer(out), native.DTYPES[out_dtype])
+    _call("int8_attention", *map(pointer, operands), *sizes, pointer(out), DTYPES[out_dtype])
     return out
 
 

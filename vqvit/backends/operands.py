@@ -10,6 +10,9 @@ from vqvit.reference import COMPENSATION_TERMS
 ACTIVATION = {name: i for i, name in enumerate(nm.ACTIVATIONS)}
 """enum vqvit_activation."""
 
+DTYPES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
+"""enum vqvit_dtype."""
+
 TERM_BITS = {mode: sum(bit << i for i, bit in enumerate(terms)) for mode, terms in COMPENSATION_TERMS.items()}
 """The bit set `terms` of int8_linear_compensated."""
 
@@ -20,7 +23,7 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def dtype_code(tensor: Tensor | None) -> int:
     """enum vqvit_dtype; that of an absent tensor is not read."""
-    return 0 if tensor is None else native.DTYPES[tensor.dtype]
+    return 0 if tensor is None else DTYPES[tensor.dtype]
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

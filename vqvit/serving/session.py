@@ -1,0 +1,180 @@
+"""A loaded program and its execution, step by step."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vqvit.serving import float_ops, int8_ops
+from vqvit.serving.program import BATCH, WEIGHTS, Input, Program, ProgramError, Step, read
+
+Values = dict[str, object]
+Action = Callable[[Values], None]
+
+ALIGNMENT = 64  # bytes: a cache line and a zmm register, so that no load of weights touches two lines
+
+
+class Session:
+    """A model that `vqvit.export` wrote, ready to run. Calls from several threads need a session each.
+
+    Args:
+        folder: the exported model.
+        threads: of the kernels; default: the CPUs that this process may use.
+
+    Raises `FileNotFoundError` or `ProgramError` for a folder that is not an exported model;
+    `vqvit.native.NativeUnavailableError` where the CPU library cannot be loaded.
+    """
+
+    def __init__(self, folder: str | Path, threads: int | None = None):
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads: expected at least 1; got {threads}")
+        self.threads = threads or len(os.sched_getaffinity(0))
+        program = read(folder)
+        self.inputs, self.outputs = program.inputs, program.outputs
+        self._weights = load_weights(Path(folder) / WEIGHTS)
+        self._actions = self._prepare(program)
+
+    def __call__(self, *images: np.ndarray) -> dict[str, np.ndarray]:
+        """The model's outputs by name.
+
+        Args: images: fp32, one array for each of `inputs`, usually pixel_values (B, C, H, W) for any B >= 1.
+
+        Raises `ValueError` or `TypeError` for other inputs.
+        """
+        if len(images) != len(self.inputs):
+            raise TypeError(f"expected {', '.join(i.name for i in self.inputs)}; got {len(images)} arrays")
+        values: Values = {
+            description.name: checked(description, array)
+            for description, array in zip(self.inputs, images, strict=True)
+        }
+        for action in self._actions:
+            action(values)
+        return {name: np.ascontiguousarray(values[value]) for name, value in self.outputs.items()}
+
+    def _prepare(self, program: Program) -> list[Action]:
+        """One function a step, each followed by the release of what no later step reads."""
+        last = {}
+        for index, step in enumerate(program.steps):
+            last.update(dict.fromkeys(names_read(step.arguments), index))
+        kept = set(program.outputs.values())
+        actions = []
+        for index, step in enumerate(program.steps):
+            actions.append(self._action(step))
+            done = tuple(name for name, user in last.items() if user == index and name not in kept)
+            if done:
+                actions.append(lambda values, done=done: [values.pop(name) for name in done])
+        return actions
+
+    def _action(self, step: Step) -> Action:
+        threads = self.threads
+        if step.op == int8_ops.ENCODER_BLOCK:
+            source, *rest = step.arguments
+            block = int8_ops.encoder_block(*(argument(a, self._weights)({}) for a in rest))
+            read_input = argument(source, self._weights)
+
+            def function(values: Values) -> object:
+                return int8_ops.run_encoder_block(threads, np.ascontiguousarray(read_input(values)), block)
+
+        elif step.op in int8_ops.OPS:
+            op, arguments = int8_ops.OPS[step.op], [argument(a, self._weights) for a in step.arguments]
+
+            def function(values: Values) -> object:
+                return op(threads, *(contiguous(get(values)) for get in arguments))
+
+        elif step.op in float_ops.OPS:
+            op, arguments = float_ops.OPS[step.op], [argument(a, self._weights) for a in step.arguments]
+
+            def function(values: Values) -> object:
+                return op(*(get(values) for get in arguments))
+
+        else:
+            raise ProgramError(f"expected operations that this version knows; got {step.op}")
+        if isinstance(step.results, str):
+            return lambda values: values.__setitem__(step.results, function(values))
+        wanted = [(i, name) for i, name in enumerate(step.results) if name is not None]
+
+        def assign(values: Values) -> None:
+            results = function(values)
+            for i, name in wanted:
+                values[name] = results[i]
+
+        return assign
+
+
+def checked(description: Input, array: np.ndarray) -> np.ndarray:
+    """`array` as contiguous fp32. Raises `ValueError` or `TypeError` if it is not what the model was exported for."""
+    array = np.asarray(array)
+    if array.dtype != np.float32:
+        raise TypeError(f"{description.name}: expected float32; got {array.dtype}")
+    fits = array.ndim == len(description.shape) and all(
+        size == wanted or (wanted == BATCH and size >= 1)
+        for size, wanted in zip(array.shape, description.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in description.shape)
+        raise ValueError(f"{description.name}: expected shape ({wanted}); got {array.shape}")
+    return np.ascontiguousarray(array)
+
+
+def contiguous(value: object) -> object:
+    return np.ascontiguousarray(value) if isinstance(value, np.ndarray) and value.ndim else value
+
+
+def load_weights(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file in one block of memory, each on a cache line of its own.
+
+    One large block also gets large pages where the system gives them.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            found = {name: file.get_slice(name) for name in names}
+            shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
+            dtypes = {name: DTYPES[part.get_dtype()] for name, part in found.items()}
+            sizes = {name: int(np.prod(shapes[name])) * dtypes[name].itemsize for name in names}
+            starts, total = {}, 0
+            for name in names:
+                starts[name], total = total, total + -(-sizes[name] // ALIGNMENT) * ALIGNMENT
+            block = np.empty(total + ALIGNMENT, np.uint8)
+            offset = -block.ctypes.data % ALIGNMENT
+            weights = {}
+            for name in names:
+                start = offset + starts[name]
+                weights[name] = block[start : start + sizes[name]].view(dtypes[name]).reshape(shapes[name])
+                weights[name][...] = file.get_tensor(name)
+    except (SafetensorError, KeyError) as error:
+        raise ProgramError(f"{path}: expected a safetensors file of int8, int32 and fp32; got: {error}") from error
+    return weights
+
+
+DTYPES = {"F32": np.dtype(np.float32), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+"""By their name in safetensors."""
+
+
+def argument(raw: object, weights: dict[str, np.ndarray]) -> Callable[[Values], object]:
+    """How to read one argument of a step (its forms: `vqvit.serving.program`). Raises `ProgramError` for a weight that
+    is missing.
+    """
+    if isinstance(raw, list):
+        parts = [argument(part, weights) for part in raw]
+        return lambda values: [get(values) for get in parts]
+    if not isinstance(raw, dict):
+        return lambda _: raw
+    ((kind, content),) = raw.items()
+    if kind == "value":
+        return lambda values: values[content]
+    if kind == "weight":
+        if content not in weights:
+            raise ProgramError(f"expected a weight {content!r}; the file has none")
+        return lambda _, found=weights[content]: found
+    constant = float(content) if kind == "number" else content
+    return lambda _: constant
+
+
+def names_read(raw: object) -> list[str]:
+    """The values that arguments read."""
+    if isinstance(raw, list | tuple):
+        return [name for part in raw for name in names_read(part)]
+    return [raw["value"]] if isinstance(raw, dict) and "value" in raw else []

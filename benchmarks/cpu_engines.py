@@ -86,6 +86,20 @@ def open_vqvit(path: Path, options: dict, batch: int, threads: int) -> Session:
     return _torch_session(vqvit.load(path), torch.float32)
 
 
+def open_serving(path: Path, options: dict, batch: int, threads: int) -> Session:
+    """An exported vqvit model, in a process without PyTorch."""
+    os.environ["VQVIT_TORCH"] = "0"
+    from vqvit import serving
+
+    session = serving.Session(path, threads)
+    return Session(lambda images: images, session, lambda outputs: _served_output(outputs))
+
+
+def _served_output(outputs: dict[str, np.ndarray]) -> np.ndarray:
+    """The one that `vqvit.evaluate.pick_output` picks."""
+    return next(outputs[name] for name in ("logits", "pooler_output") if name in outputs)
+
+
 def _torch_session(model, dtype) -> Session:
     import torch
 
@@ -165,6 +179,15 @@ ENGINES = {
     "vqvit": Engine("vqvit W8A8", _TORCH, "vqvit", open_vqvit, {"config": {}}, own=True),
     "vqvit_float_attention": Engine(
         "vqvit W8A8, float attention", _TORCH, "vqvit", open_vqvit, {"config": {"attention": "float"}}, own=True
+    ),
+    "vqvit_exported": Engine("vqvit W8A8, exported", _TORCH, "program", open_serving, {"config": {}}, own=True),
+    "vqvit_exported_all_tokens": Engine(
+        "vqvit W8A8, exported, without the CLS shortcut",
+        _TORCH,
+        "program",
+        open_serving,
+        {"config": {"cls_only": "off"}},
+        own=True,
     ),
 }
 """In the order of the table; an option of vqvit is one more row, its `config` the fields of `vqvit.QuantConfig`."""

@@ -100,12 +100,17 @@ def make_nncf(folder: Path, target: Path, images: np.ndarray, options: dict) -> 
 def make_vqvit(folder: Path, target: Path, images: np.ndarray, options: dict) -> None:
     """A vqvit checkpoint for the engine's `config`."""
     import vqvit
-    from vqvit.hf import load_float
-    from vqvit.plan import QuantConfig
 
-    model = load_float(folder / FLOAT).float().eval()
-    vqvit.quantize_(model, QuantConfig(**options.get("config", {})))
-    vqvit.save(model, target)
+    vqvit.save(_quantized(folder, options), target)
+
+
+def make_program(folder: Path, target: Path, images: np.ndarray, options: dict) -> None:
+    """What `vqvit.serving` runs, for the engine's `config`."""
+    import torch
+
+    import vqvit
+
+    vqvit.export(_quantized(folder, options), target, torch.from_numpy(images[:2]))
 
 
 ARTIFACTS = {
@@ -115,7 +120,17 @@ ARTIFACTS = {
     "openvino": Artifact("openvino.xml", make_openvino),
     "nncf": Artifact("nncf.xml", make_nncf),
     "vqvit": Artifact("vqvit", make_vqvit),
+    "program": Artifact("program", make_program),
 }
+
+
+def _quantized(folder: Path, options: dict):
+    import vqvit
+    from vqvit.hf import load_float
+
+    model = load_float(folder / FLOAT).float().eval()
+    vqvit.quantize_(model, vqvit.QuantConfig(**options.get("config", {})))
+    return model
 
 
 def one_output(folder: Path):

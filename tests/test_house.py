@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "statistics", "_build"},
     {"factorize", "reference", "evaluate", "validation", "native", "low_bit"},
-    {"backends", "rounding"},
+    {"backends", "rounding", "serving"},
     {"registry"},
     {"provenance"},
     {"ops"},
@@ -24,7 +24,7 @@ LAYERS = (
     {"reconstruction"},
     {"hf", "quantize", "sensitivity"},
     {"qat"},
-    {"budget", "checkpoint", "progressive"},
+    {"budget", "checkpoint", "export", "progressive"},
     {"engines"},
     {"memory", "tuning", "profiling"},
     {"demo"},

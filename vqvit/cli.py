@@ -1,4 +1,4 @@
-"""The command line: `vqvit quantize | sensitivity | plan | eval | bench | tune | inspect | env | demo`.
+"""The command line: `vqvit quantize | sensitivity | plan | eval | export | bench | tune | inspect | env | demo`.
 
 Results go to stdout, as text or (`--json`) as one JSON object; progress and errors go to stderr. Exit status: 0, or 2
 after an error.
@@ -13,13 +13,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from vqvit.commands import bench, demo, env, evaluate, inspect, plan, quantize, sensitivity, tune
+from vqvit.commands import bench, demo, env, evaluate, export, inspect, plan, quantize, sensitivity, tune
 
 COMMANDS = {
     "quantize": quantize,
     "sensitivity": sensitivity,
     "plan": plan,
     "eval": evaluate,
+    "export": export,
     "bench": bench,
     "tune": tune,
     "inspect": inspect,

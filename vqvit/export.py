@@ -219,7 +219,7 @@ class _Writer:
         return None  # device, layout and memory format mean nothing to NumPy
 
 
-DTYPES = (torch.float32, torch.int8, torch.int32)
+DTYPES = (torch.float32, torch.int8, torch.int32, torch.int64)
 """Of the values between the steps."""
 
 

@@ -26,6 +26,11 @@ def flatten(x, first, last):
     return x.reshape(*x.shape[:first], -1, *x.shape[last + 1 :])
 
 
+def unflatten(x, axis, sizes):
+    axis = axis % x.ndim
+    return x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+
+
 def expand(x, shape, _implicit):
     lead = len(shape) - x.ndim
     return np.broadcast_to(x, [x.shape[i - lead] if size == -1 else size for i, size in enumerate(shape)])
@@ -74,6 +79,12 @@ def mean(x, axes, keepdim, _dtype):
     return x.mean(None if axes is None else tuple(axes), keepdims=keepdim)
 
 
+def total(x, axes, keepdim, dtype):
+    """Integers are summed as int64, as PyTorch does."""
+    chosen = dtype or ("int64" if np.issubdtype(x.dtype, np.integer) else x.dtype)
+    return x.sum(tuple(axes), keepdims=keepdim, dtype=chosen)
+
+
 def layer_norm(x, shape, weight, bias, eps, _cudnn):
     axes = tuple(range(x.ndim - len(shape), x.ndim))
     centered = x - x.mean(axes, keepdims=True)
@@ -115,6 +126,10 @@ def unbind(x, axis):
     return list(np.moveaxis(x, axis, 0))
 
 
+def to(x, dtype, *_):
+    return x.astype(dtype, copy=False)
+
+
 def unchanged(x, *_):
     return x
 
@@ -143,10 +158,12 @@ OPS = {
     "aten.softmax.int": softmax,
     "aten.sub.Tensor": subtract,
     "aten.sym_size.int": lambda x, axis: x.shape[axis],
+    "aten.sum.dim_IntList": total,
     "aten.tanh.default": tanh,
-    "aten.to.dtype": unchanged,
+    "aten.to.dtype": to,
     "aten.transpose.int": transpose,
     "aten.unbind.int": unbind,
+    "aten.unflatten.int": unflatten,
     "aten.unsqueeze.default": np.expand_dims,
     "aten.view.default": view,
     "add": operator.add,
@@ -155,6 +172,3 @@ OPS = {
     "sub": operator.sub,
 }
 """By the name that `torch.export` gives them; the plain ones are Python's, on sizes."""
-
-FP32_ONLY = ("aten.to.dtype",)
-"""Operations that are what `OPS` says only where everything is fp32."""

@@ -122,10 +122,7 @@ def int8_linear_quantize(
 
 def int8_linear_qkv(threads, a, a_scale, b, b_scale, bias, tokens, num_heads, a_zero, a_sum, b_zero, b_sum):
     gemm = _gemm(a, a_scale, b, b_scale, bias, "none", zeros=(a_zero, a_sum, b_zero, b_sum))
-    batch, head_dim = gemm.m // tokens, gemm.n // (3 * num_heads)
-    codes = [np.empty((batch, num_heads, tokens, head_dim), np.int8) for _ in range(3)]
-    scales = [np.empty((batch, num_heads, size), np.float32) for size in (tokens, tokens, head_dim)]
-    outputs = (*codes, *scales)
+    outputs = _empty_qkv(gemm.m // tokens, num_heads, tokens, gemm.n // (3 * num_heads))
     native.run(native.cpu().vqvit_cpu_int8_linear_qkv, gemm, tokens, num_heads, *map(_address, outputs), threads)
     return outputs
 
@@ -139,6 +136,26 @@ def int8_attention(threads, q, k, v, q_scale, k_scale, v_scale, sm_scale, _dtype
         width, _address(out), FP32, threads,
     )  # fmt: skip
     return out
+
+
+def int8_attention_quantize(threads, q, k, v, q_scale, k_scale, v_scale, sm_scale):
+    attended = int8_attention(threads, q, k, v, q_scale, k_scale, v_scale, sm_scale, None)
+    return quantize_per_group(threads, attended.reshape(-1, attended.shape[-1]), None)
+
+
+def quantize_qkv(threads, qkv, num_heads):
+    batch, tokens, width = qkv.shape
+    head_dim = width // (3 * num_heads)
+    outputs = _empty_qkv(batch, num_heads, tokens, head_dim)
+    function = native.cpu().vqvit_cpu_quantize_qkv
+    native.run(function, _address(qkv), FP32, batch, tokens, num_heads, head_dim, *map(_address, outputs), threads)
+    return outputs
+
+
+def _empty_qkv(batch: int, heads: int, tokens: int, head_dim: int) -> tuple[np.ndarray, ...]:
+    codes = (np.empty((batch, heads, tokens, head_dim), np.int8) for _ in range(3))
+    scales = (np.empty((batch, heads, size), np.float32) for size in (tokens, tokens, head_dim))
+    return *codes, *scales
 
 
 def encoder_block(
@@ -173,7 +190,7 @@ OPS = {
     f"vqvit.{function.__name__}.default": function
     for function in (
         quantize_per_token, quantize_per_group, quantize_static, layernorm_quantize, patchify_quantize, int8_linear,
-        int8_linear_quantize, int8_linear_qkv, int8_attention,
+        int8_linear_quantize, int8_linear_qkv, int8_attention, int8_attention_quantize, quantize_qkv,
     )
 }  # fmt: skip
 """By the name that `torch.export` gives them; all but the encoder block, which `Session` prepares."""

@@ -211,6 +211,7 @@ def test_text_of_every_command_is_for_people(capsys, command, float_folder, quan
         "sensitivity": [float_folder, "--data", images, "--damage", "none"],
         "plan": ["diff", quantized_folder, quantized_folder],
         "eval": [quantized_folder, "--data", images],
+        "export": [quantized_folder, str(tmp_path / "served")],
         "bench": [quantized_folder, "--batch", "1", "--seconds", "0.05"],
         "tune": [quantized_folder, "--predict", "a100", "--batch", "1", "--output", str(tmp_path / "table.json")],
         "inspect": [quantized_folder],

@@ -6,6 +6,7 @@ import io
 import json
 
 import accuracy
+import average
 import finetune
 import numpy as np
 import pytest
@@ -82,6 +83,25 @@ def test_a_killed_run_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch)
     assert not (tmp_path / "killed.state").exists()
     reports = [json.loads(line) for line in (tmp_path / "killed.log.jsonl").read_text().splitlines()]
     assert reports[0]["recipe"]["images"] == 96 and 0 <= reports[-1]["held_out_top1"] <= 1
+
+
+def test_an_average_of_models_is_the_mean_of_their_weights(folder, tmp_path):
+    parts = [finetune.open_backbone(str(folder / "backbone"), 3) for _ in range(2)]
+    with torch.no_grad():
+        for index, part in enumerate(parts):
+            part.classifier.bias.add_(index + 1.0)
+            part.save_pretrained(tmp_path / f"part{index}")
+    folders = [str(tmp_path / f"part{index}") for index in range(2)]
+    average.average(str(folder / "train.parquet"), tmp_path / "mean", folders, 16, 8)
+    mean = transformers.ViTForImageClassification.from_pretrained(tmp_path / "mean").state_dict()
+    torch.testing.assert_close(mean["classifier.bias"], (parts[0].classifier.bias + parts[1].classifier.bias) / 2)
+    log = [json.loads(line) for line in (tmp_path / "mean.log.jsonl").read_text().splitlines()]
+    assert [line.get("model", line.get("average_of")) for line in log] == ["part0", "part1", 2]
+    wide = transformers.ViTForImageClassification(transformers.ViTConfig(**{**TINY, "hidden_size": 24}))
+    wide.save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="expected the tensors of"):
+        average.average(str(folder / "train.parquet"), tmp_path / "other", [folders[0], str(tmp_path / "wide")], 16, 8)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_state_of_another_recipe_is_refused(folder, tmp_path):

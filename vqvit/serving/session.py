@@ -30,7 +30,7 @@ class Session:
     def __init__(self, folder: str | Path, threads: int | None = None):
         if threads is not None and threads < 1:
             raise ValueError(f"threads: expected at least 1; got {threads}")
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or usable_cpus()
         program = read(folder)
         self.inputs, self.outputs = program.inputs, program.outputs
         self._weights = load_weights(Path(folder) / WEIGHTS)
@@ -101,6 +101,11 @@ class Session:
                 values[name] = results[i]
 
         return assign
+
+
+def usable_cpus() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def checked(description: Input, array: np.ndarray) -> np.ndarray:

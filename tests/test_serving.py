@@ -49,6 +49,7 @@ CONFIGURATIONS = {
     "float_attention": {"attention": "float"},
     "asymmetric_weights": {"tiers": {"fc1": "int8_asym"}},
     "float_head": {"tiers": {"head": "skip"}},
+    "four_bits": {"bits": 4},
 }
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

@@ -81,40 +81,36 @@ def _program(model: nn.Module, sample: Tensor) -> tuple[Program, dict[str, Tenso
     """The program but for its hash, and its weights by name."""
     two = torch.cat([sample, sample])[:2]  # with one image the number of images would count as a constant
     exported = torch.export.export(model, (two,), dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},), strict=False)
-    signature, graph = exported.graph_signature, exported.graph
+    graph = exported.graph
     _drop_checks(graph)
     _drop_whole_slices(graph)
     _read_selected_rows_only(graph)
-    stored = {
-        **{name: exported.state_dict[target] for name, target in signature.inputs_to_parameters.items()},
-        **{
-            name: exported.constants[target] if target in exported.constants else exported.state_dict[target]
-            for name, target in signature.inputs_to_buffers.items()
-        },
-        **{name: exported.constants[target] for name, target in signature.inputs_to_lifted_tensor_constants.items()},
+    stored = _model_tensors(exported)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder" and node.users]
+    inputs = tuple(
+        Input(node.name, (BATCH, *node.meta["val"].shape[1:])) for node in placeholders if node.name not in stored
+    )
+    writer = _Writer({node: stored[node.name][0] for node in placeholders if node.name in stored})
+    steps = tuple(writer.steps(graph))
+    weights = {
+        name: _stored(tensor, name, name in writer.packed) for name, tensor in stored.values() if name in writer.used
     }
+    (results,) = next(node.args for node in graph.nodes if node.op == "output")
+    labels = _labels(exported.call_spec.out_spec, len(results))
+    outputs = {label: node.name for label, node in zip(labels, results, strict=True) if node is not None}
+    return Program(inputs, outputs, steps, ""), weights
+
+
+def _model_tensors(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, Tensor]]:
+    """By placeholder: the name in the model, and the tensor."""
+    signature = exported.graph_signature
     names = {
         **signature.inputs_to_parameters,
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
-    inputs = tuple(
-        Input(node.name, (BATCH, *node.meta["val"].shape[1:]))
-        for node in graph.nodes
-        if node.op == "placeholder" and node.name not in stored and node.users
-    )
-    writer = _Writer(
-        {node: names[node.name] for node in graph.nodes if node.op == "placeholder" and node.name in stored}
-    )
-    steps = tuple(writer.steps(graph))
-    weights = {
-        names[name]: _stored(tensor, names[name], names[name] in writer.packed) for name, tensor in stored.items()
-    }
-    used = {name: tensor for name, tensor in weights.items() if name in writer.used}
-    (results,) = next(node.args for node in graph.nodes if node.op == "output")
-    labels = _labels(exported.call_spec.out_spec, len(results))
-    outputs = {label: node.name for label, node in zip(labels, results, strict=True) if node is not None}
-    return Program(inputs, outputs, steps, ""), used
+    tensors = {**exported.state_dict, **exported.constants}
+    return {placeholder: (name, tensors[name]) for placeholder, name in names.items()}
 
 
 def _drop_checks(graph: fx.Graph) -> None:
@@ -191,8 +187,11 @@ class _Writer:
         arguments = list(_all_arguments(node))
         packed = PACKED_ARGUMENTS.get(name.split(".")[1], ()) if name.startswith("vqvit.") else ()
         for parameter, value in arguments:
-            if parameter in packed:
-                self.packed.add(self.weights[value])
+            if parameter not in packed:
+                continue
+            if value not in self.weights:
+                raise ProgramError(f"export: expected weights that the model stores as int8; {name} gets computed ones")
+            self.packed.add(self.weights[value])
         values = node.meta.get("val")
         for tensor in values if isinstance(values, list | tuple) else [values]:
             if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:

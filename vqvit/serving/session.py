@@ -17,7 +17,7 @@ ALIGNMENT = 64  # bytes: a cache line and a zmm register, so that no load of wei
 
 
 class Session:
-    """A model that `vqvit.export` wrote, ready to run. Calls from several threads need a session each.
+    """A model that `vqvit.export` wrote, ready to run; calls may come from several threads.
 
     Args:
         folder: the exported model.

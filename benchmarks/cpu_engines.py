@@ -92,7 +92,7 @@ def open_serving(path: Path, options: dict, batch: int, threads: int) -> Session
     from vqvit import serving
 
     session = serving.Session(path, threads)
-    return Session(lambda images: images, session, lambda outputs: _served_output(outputs))
+    return Session(lambda images: images, session, _served_output)
 
 
 def _served_output(outputs: dict[str, np.ndarray]) -> np.ndarray:

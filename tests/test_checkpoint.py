@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vqvit
-from vqvit.checkpoint import CONFIG, MANIFEST, WEIGHTS, _sha256
+from vqvit.checkpoint import CONFIG, MANIFEST, WEIGHTS
+from vqvit.files import sha256
 from vqvit.hf import ArchitectureError, load_float
 
 
@@ -144,12 +145,12 @@ def wrong_tensors(folder):
     del tensors["vit.layernorm.weight"]
     tensors["surplus"] = torch.ones(1)
     save_file(tensors, folder / WEIGHTS)
-    edit(folder, sha256=_sha256(folder / WEIGHTS))
+    edit(folder, sha256=sha256(folder / WEIGHTS))
 
 
 def not_safetensors(folder):
     (folder / WEIGHTS).write_bytes(b"\x80\x02pickle")
-    edit(folder, sha256=_sha256(folder / WEIGHTS))
+    edit(folder, sha256=sha256(folder / WEIGHTS))
 
 
 DAMAGE = {

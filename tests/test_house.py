@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "statistics", "_build"},
+    {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "statistics", "files", "_build"},
     {"factorize", "reference", "evaluate", "validation", "native", "low_bit"},
     {"backends", "rounding", "serving"},
     {"registry"},

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 import vqvit
 from vqvit import cli
+from vqvit import numerics as nm
 from vqvit.backends import cpu
 from vqvit.plan import PlanError
-from vqvit.serving import ProgramError, Session, float_ops
+from vqvit.serving import ProgramError, Session, float_ops, int8_ops
 from vqvit.serving.program import PROGRAM, WEIGHTS, read
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"cpu backend: {cpu.unavailable()}")
@@ -92,6 +93,10 @@ def test_every_configuration_that_serving_knows(configuration, tmp_path):
     model = quantized("vit", **CONFIGURATIONS[configuration])
     session = Session(vqvit.export(model, tmp_path / "out"), threads=1)
     assert_same(session, model, images(3))
+
+
+def test_names_and_sizes_are_those_of_the_arithmetic():
+    assert (int8_ops.ACTIVATIONS, int8_ops.GROUP, int8_ops.LOG2_E) == (nm.ACTIVATIONS, nm.GROUP, nm.LOG2_E)
 
 
 def test_a_head_normalises_the_token_that_it_reads(tmp_path):

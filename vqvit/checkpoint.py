@@ -5,11 +5,7 @@ ranges if there are any, model class and SHA-256 of the weights; `config.json`, 
 is one.
 """
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -18,14 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import vqvit
-from vqvit import hf
+from vqvit import files, hf
 from vqvit.calibration import CalibrationError, Ranges, ranges_of
 from vqvit.plan import Plan
 from vqvit.rewriter import apply_plan, pack_weights, plan_of
 
 FORMAT = 1
 WEIGHTS, MANIFEST, CONFIG = "model.safetensors", "vqvit.json", "config.json"
-HASH_CHUNK = 1 << 20  # bytes read at a time
 
 
 class CheckpointError(RuntimeError):
@@ -40,15 +35,8 @@ def save(model: nn.Module, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     plan, ranges = plan_of(model), ranges_of(model)
-    if (
-        directory.exists()
-        and not (directory / MANIFEST).is_file()
-        and (directory.is_file() or any(directory.iterdir()))
-    ):
-        raise FileExistsError(f"{directory}: expected a new folder or a vqvit checkpoint to replace; got other content")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    files.require_replaceable(directory, MANIFEST, "a vqvit checkpoint")
+    with files.staged_folder(directory) as staging:
         save_file(_tensors(model), staging / WEIGHTS, metadata={"format": "pt"})
         manifest = {
             "format": FORMAT,
@@ -57,17 +45,11 @@ def save(model: nn.Module, directory: str | Path) -> Path:
             "library": "transformers" if hf.is_transformers_model(model) else None,
             "plan": json.loads(plan.to_json()),
             "ranges": None if ranges is None else json.loads(ranges.to_json()),
-            "sha256": _sha256(staging / WEIGHTS),
+            "sha256": files.sha256(staging / WEIGHTS),
         }
         if manifest["library"] == "transformers":
             (staging / CONFIG).write_text(model.config.to_json_string(use_diff=False))
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        for file in staging.iterdir():
-            file.chmod(0o666 & ~_umask())
-        staging.chmod(0o777 & ~_umask())
-        _replace(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return directory
 
 
@@ -90,7 +72,7 @@ def load(directory: str | Path, model: nn.Module | None = None, device: str | to
     weights = directory / WEIGHTS
     if not weights.is_file():
         raise FileNotFoundError(f"{directory}: expected {WEIGHTS}; it is missing")
-    if (digest := _sha256(weights)) != manifest["sha256"]:
+    if (digest := files.sha256(weights)) != manifest["sha256"]:
         raise CheckpointError(
             f"{weights}: expected SHA-256 {manifest['sha256'][:16]}...; got {digest[:16]}...: truncated or corrupted"
         )
@@ -188,28 +170,3 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     for name in transient:
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = tensors[name]
-
-
-def _replace(staging: Path, directory: Path) -> None:
-    """Rename `staging` to `directory`, moving an older checkpoint out of the way first."""
-    if not directory.exists():
-        os.rename(staging, directory)
-        return
-    retired = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    os.rename(directory, retired / "old")
-    os.rename(staging, directory)
-    shutil.rmtree(retired)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,10 +1,9 @@
 """Exports a quantized model as a program for `vqvit.serving`: the graph of `torch.export`, simplified, and weights."""
 
+import dataclasses
+import math
 import operator
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
-from vqvit import ops
+from vqvit import files, ops
 from vqvit.evaluate import eval_mode
 from vqvit.rewriter import plan_of
 from vqvit.serving import Session, float_ops, int8_ops
-from vqvit.serving.program import BATCH, PROGRAM, WEIGHTS, Input, Program, ProgramError, Step, sha256
+from vqvit.serving.program import BATCH, PROGRAM, WEIGHTS, Input, Program, ProgramError, Step
 
 TOLERANCE = 1e-3
 """Relative error of the session's outputs to the model's at which an export is refused. Kernels give the same bits, but
@@ -45,25 +44,16 @@ def export(model: nn.Module, folder: str | Path, sample: Tensor | None = None) -
     """
     folder = Path(folder)
     plan_of(model)  # raises for a float model
-    if folder.exists() and not (folder / PROGRAM).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: expected a new folder or an exported model to replace; got other content")
+    files.require_replaceable(folder, PROGRAM, "an exported model")
     sample = _sample(model) if sample is None else sample.detach()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with eval_mode(model), torch.inference_mode():
         program, weights = _program(model, sample)
         expected = dict(_named_tensors(model(sample)))
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with files.staged_folder(folder) as staging:
         save_file(weights, staging / WEIGHTS)
-        finished = Program(program.inputs, program.outputs, program.steps, sha256(staging / WEIGHTS))
+        finished = dataclasses.replace(program, sha256=files.sha256(staging / WEIGHTS))
         (staging / PROGRAM).write_text(finished.to_json() + "\n")
         _compare(Session(staging)(sample.numpy()), expected)
-        staging.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
@@ -211,7 +201,7 @@ class _Writer:
             return [self.argument(part) for part in value]
         if isinstance(value, torch.dtype):
             return {"dtype": str(value).removeprefix("torch.")}
-        if isinstance(value, float) and not -1e308 < value < 1e308:
+        if isinstance(value, float) and not math.isfinite(value):
             return {"number": str(value)}
         if value is None or isinstance(value, bool | int | float | str):
             return value
@@ -251,7 +241,7 @@ def _stored(tensor: Tensor, name: str, packed: bool) -> Tensor:
     """A weight as the session reads it: int8 in panels where a kernel takes them, all else fp32 or an integer."""
     tensor = tensor.detach().cpu().contiguous()
     if packed:
-        return (tensor if tensor.dim() == 4 else ops.pack_weight(tensor)).clone()
+        return tensor.clone() if tensor.dim() == 4 else ops.pack_weight(tensor)
     if tensor.dtype in (torch.float16, torch.bfloat16):
         raise ProgramError(f"export: expected fp32 outside of the integer layers; {name} is {tensor.dtype}")
     return tensor.clone()

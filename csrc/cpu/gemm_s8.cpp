@@ -244,7 +244,7 @@ int vqvit_cpu_int8_linear_quantize(
     const Codes out = {codes, scale, zero_point, row_sum, nullptr, 0.0f, symmetric != 0};
     GemmTask t = gemm_task(g, Store::kFloat, nullptr, VQVIT_F32, threads);
     RowBlocks rows(g.m, isa.tile_rows, threads, g.n * int64_t{sizeof(float)}, kWaitingRowBytes);
-    rows.blocks = std::min(round_up(rows.blocks, threads), rows.tiles);  // few long tasks: as many for each thread
+    rows.blocks = std::min(round_up(rows.blocks, threads), rows.tiles);  // few long tasks: as many for each thread, 2 % of ViT-B
     if (rows.tiles >= 4 * int64_t{threads}) {  // else whole rows would leave threads idle
         run_gemm_per_token(isa, t, out, rows, threads);
         return VQVIT_OK;

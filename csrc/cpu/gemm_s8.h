@@ -214,22 +214,6 @@ void add_groups(
     }
 }
 
-// Ask for the lines of `out` and of the residual that rows [first, first + rows) of a panel will touch: they arrive while
-// the products are computed, instead of holding up what comes after them.
-inline void prefetch_tile(const GemmTask& t, const PanelColumns& c, int64_t first, int rows) {
-    constexpr int64_t kLine = 64;
-    const vqvit_gemm& g = t.gemm;
-    const int64_t size = t.store == Store::kStaticCodes ? 1 : t.store == Store::kInt32 ? 4 : dtype_size(t.dtype);
-    const int64_t residual_size = dtype_size(g.residual_dtype);
-    for (int64_t m = first; m < first + rows; ++m) {
-        const char* out = static_cast<const char*>(t.out) + (m * t.out_stride + c.first) * size;
-        for (int64_t i = 0; i < c.count * size; i += kLine) __builtin_prefetch(out + i, 1, 2);
-        if (g.residual == nullptr || g.residual == t.out) continue;
-        const char* residual = static_cast<const char*>(g.residual) + (m * g.n + c.first) * residual_size;
-        for (int64_t i = 0; i < c.count * residual_size; i += kLine) __builtin_prefetch(residual + i, 0, 2);
-    }
-}
-
 template <class V, class Dot>
 void gemm_panel(
     const GemmTask& t, int64_t first, int64_t last, int64_t panel, const void* prepared,
@@ -254,7 +238,6 @@ void gemm_panel(
 
     for (int64_t m = first; m < last; m += Dot::kRows) {
         const int rows = static_cast<int>(smaller(last - m, Dot::kRows));
-        prefetch_tile(t, columns, m, rows);
         if (grouped) {
             add_groups<V, Dot>(t.gemm, m, rows, a + (m - first) * a_stride, t.panels + offset, group_sums, sums);
             finish_tile<V>(t, columns, m, rows, products, kTile, sums);

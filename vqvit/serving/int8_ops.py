@@ -178,7 +178,7 @@ def encoder_block(
     )  # fmt: skip
 
 
-def run_encoder_block(threads: int, x: np.ndarray, block: native.EncoderBlock) -> np.ndarray:
+def run_encoder_block(threads: int, block: native.EncoderBlock, x: np.ndarray) -> np.ndarray:
     batch, tokens, _ = x.shape
     out = np.empty_like(x)
     function = native.cpu().vqvit_cpu_int8_encoder_block

@@ -6,17 +6,16 @@ tensor in the file, {"number": "nan"} (JSON has no NaN), {"dtype": name}. int8 w
 kernels read (csrc/cpu/kernels.h), so that a process loads them with one copy.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from vqvit.files import sha256
 
 FORMAT = 1
 PROGRAM, WEIGHTS = "program.json", "weights.safetensors"
 BATCH = "batch"
 """In the shape of an input: any number of images."""
-
-HASH_CHUNK = 1 << 20  # bytes read at a time
 
 
 class ProgramError(RuntimeError):
@@ -83,14 +82,6 @@ def read(folder: str | Path) -> Program:
             "truncated or corrupted"
         )
     return program
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _results(raw: str | list) -> str | tuple[str | None, ...]:

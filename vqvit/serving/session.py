@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,29 +69,12 @@ class Session:
         return actions
 
     def _action(self, step: Step) -> Action:
-        threads = self.threads
-        if step.op == int8_ops.ENCODER_BLOCK:
-            source, *rest = step.arguments
-            block = int8_ops.encoder_block(*(argument(a, self._weights)({}) for a in rest))
-            read_input = argument(source, self._weights)
+        op, raw, prepare = self._operation(step)
+        arguments = [argument(a, self._weights) for a in raw]
 
-            def function(values: Values) -> object:
-                return int8_ops.run_encoder_block(threads, np.ascontiguousarray(read_input(values)), block)
+        def function(values: Values) -> object:
+            return op(*(prepare(get(values)) for get in arguments))
 
-        elif step.op in int8_ops.OPS:
-            op, arguments = int8_ops.OPS[step.op], [argument(a, self._weights) for a in step.arguments]
-
-            def function(values: Values) -> object:
-                return op(threads, *(contiguous(get(values)) for get in arguments))
-
-        elif step.op in float_ops.OPS:
-            op, arguments = float_ops.OPS[step.op], [argument(a, self._weights) for a in step.arguments]
-
-            def function(values: Values) -> object:
-                return op(*(get(values) for get in arguments))
-
-        else:
-            raise ProgramError(f"expected operations that this version knows; got {step.op}")
         if isinstance(step.results, str):
             return lambda values: values.__setitem__(step.results, function(values))
         wanted = [(i, name) for i, name in enumerate(step.results) if name is not None]
@@ -101,6 +85,18 @@ class Session:
                 values[name] = results[i]
 
         return assign
+
+    def _operation(self, step: Step) -> tuple[Callable, tuple, Callable]:
+        """What to call for a step, the arguments left to it, and what each goes through first."""
+        if step.op == int8_ops.ENCODER_BLOCK:
+            source, *rest = step.arguments
+            block = int8_ops.encoder_block(*(argument(a, self._weights)({}) for a in rest))
+            return partial(int8_ops.run_encoder_block, self.threads, block), (source,), contiguous
+        if step.op in int8_ops.OPS:
+            return partial(int8_ops.OPS[step.op], self.threads), step.arguments, contiguous
+        if step.op in float_ops.OPS:
+            return float_ops.OPS[step.op], step.arguments, float_ops.unchanged
+        raise ProgramError(f"expected operations that this version knows; got {step.op}")
 
 
 def usable_cpus() -> int:

@@ -3,6 +3,7 @@
 // A Dot is the inner kernel of an instruction set:
 //   kRows             rows of a tile
 //   kReadsU8          tiles read unsigned rows as they are, zero padded to groups
+//   kReadsS8          tiles read rows of codes as they are, of whole groups
 //   kGroupBytes       bytes that four input channels of one row take once prepared
 //   prepare           one row of s8 codes in the layout the tile reads, padded to groups; of u8 too unless kReadsU8
 //   tile              out[r][n] = Σ_k a[r][k] b[n][k] for `rows` <= kRows rows and 16 · `vectors` columns of a panel;
@@ -58,6 +59,7 @@ struct DotScalar {
     static constexpr int kRows = 4;
     static constexpr int kGroupBytes = kKGroup * sizeof(int16_t);
     static constexpr bool kReadsU8 = false;
+    static constexpr bool kReadsS8 = false;
 
     template <class Code>  // int8_t or uint8_t
     static void prepare(const Code* row, int64_t k, uint8_t* prepared) {

@@ -13,6 +13,7 @@ struct DotAvxVnni {
     static constexpr int kRows = 6;  // x 16 columns: 12 accumulators, 2 weights, 1 activation of 16 registers
     static constexpr int kGroupBytes = kKGroup;
     static constexpr bool kReadsU8 = true;
+    static constexpr bool kReadsS8 = false;
 
     static void prepare(const int8_t* row, int64_t k, uint8_t* prepared) {
         constexpr int kOffset = 128;

@@ -41,22 +41,26 @@ struct RowBlocks {
     int64_t last(int64_t i) const { return std::min(first(i + 1), rows); }
 };
 
-// The row block that this thread has prepared, in its scratch.
+// The row block that this thread reads: codes as they are where the tiles take them, else prepared in its scratch.
 struct PreparedRows {
     int64_t block = -1;
-    void* a = nullptr;
-    void* a_residual = nullptr;
+    TileRows rows = {};
 
     void load(const Kernels& isa, const GemmTask& t, int64_t index, int64_t first, int64_t last) {
         if (block == index) return;
         block = index;
         const vqvit_gemm& g = t.gemm;
-        const int64_t bytes = (last - first) * row_bytes(isa, g.k);
-        a = scratch(Slot::kA, bytes);
-        isa.prepare_a(g.a, g.a_stride, g.k, first, last, a);
-        if (t.a_residual == nullptr) return;
-        a_residual = scratch(Slot::kAResidual, bytes);
-        isa.prepare_a(t.a_residual, g.a_stride, g.k, first, last, a_residual);
+        const bool as_they_are = isa.reads_s8 && g.k % kKGroup == 0;
+        rows.stride = as_they_are ? g.a_stride : row_bytes(isa, g.k);
+        const auto rows_of = [&](const int8_t* a, Slot slot) -> const uint8_t* {
+            if (a == nullptr) return nullptr;
+            if (as_they_are) return reinterpret_cast<const uint8_t*>(a + first * g.a_stride);
+            void* prepared = scratch(slot, (last - first) * rows.stride);
+            isa.prepare_a(a, g.a_stride, g.k, first, last, prepared);
+            return static_cast<const uint8_t*>(prepared);
+        };
+        rows.a = rows_of(g.a, Slot::kA);
+        rows.a_residual = rows_of(t.a_residual, Slot::kAResidual);
     }
 };
 
@@ -69,7 +73,7 @@ void run_gemm(const Kernels& isa, const GemmTask& t, int threads) {
     const auto task = [&](PreparedRows& prepared, int64_t i) {
         const int64_t block = i / panels, first = rows.first(block), last = rows.last(block);
         prepared.load(isa, t, block, first, last);
-        isa.gemm_panel(t, first, last, i % panels, prepared.a, prepared.a_residual);
+        isa.gemm_panel(t, first, last, i % panels, prepared.rows);
     };
     parallel_for<PreparedRows>(rows.blocks * panels, macs(g), threads, task);
 }
@@ -84,7 +88,7 @@ void run_gemm_per_token(const Kernels& isa, const GemmTask& t, const Codes& code
         GemmTask block = t;
         float* waiting = static_cast<float*>(scratch(Slot::kTile, (last - first) * g.n * int64_t{sizeof(float)}));
         block.out = waiting - first * g.n;  // row `first` lands at the start
-        for (int64_t p = 0; p < panels; ++p) isa.gemm_panel(block, first, last, p, prepared.a, nullptr);
+        for (int64_t p = 0; p < panels; ++p) isa.gemm_panel(block, first, last, p, prepared.rows);
         const QuantizeRows quantize = {waiting - first * g.n, VQVIT_F32, g.n, nullptr, codes};
         isa.quantize_rows(quantize, first, last);
     };
@@ -107,7 +111,7 @@ void run_gemm_per_group(const Kernels& isa, const GemmTask& t, int8_t* codes, fl
         block.out = tile - group * kGroup;  // its column is counted from the first of the matrix
         block.out_stride = kGroup;
         for (int64_t p = group * kPanels; p < std::min((group + 1) * kPanels, panels); ++p) {
-            isa.gemm_panel(block, first, last, p, prepared.a, nullptr);
+            isa.gemm_panel(block, first, last, p, prepared.rows);
         }
         const int64_t columns = std::min<int64_t>(g.n - group * kGroup, kGroup);
         const QuantizeGroups quantize = {
@@ -148,10 +152,11 @@ void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int thr
         part.out_stride = unit;
         for (int64_t m = first; m < last; m += at_once) {
             const int64_t end = std::min(m + at_once, last);
-            const char* a = static_cast<const char*>(prepared.a) + (m - first) * row_bytes(isa, g.k);
+            TileRows step_rows = prepared.rows;
+            step_rows.a += (m - first) * step_rows.stride;
             part.out = waiting - m * unit - u * unit;  // rows and columns are counted from those of the matrix
             for (int64_t p = u * unit_panels; p < std::min((u + 1) * unit_panels, panels); ++p) {
-                isa.gemm_panel(part, m, end, p, a, nullptr);
+                isa.gemm_panel(part, m, end, p, step_rows);
             }
             for (int64_t column = u * unit; column < std::min((u + 1) * unit, g.n); column += d) {
                 const int64_t head = column / d;

@@ -16,6 +16,7 @@ constexpr Kernels kernel_table(const char* name, bool (*supported)()) {
         supported,
         Dot::kRows,
         Dot::kGroupBytes,
+        Dot::kReadsS8,
         quantize_rows<V>,
         quantize_groups<V>,
         quantize_residual<V>,

@@ -141,11 +141,19 @@ struct AttentionTask {
     int dtype;
 };
 
+// Rows of a, and of its residual if compensated, as the tiles of an instruction set read them.
+struct TileRows {
+    const uint8_t* a;
+    const uint8_t* a_residual;
+    int64_t stride;
+};
+
 struct Kernels {
     const char* name;
     bool (*supported)();
     int64_t tile_rows;      // rows that a GEMM tile computes at once
     int64_t a_group_bytes;  // bytes of four input channels of one row, prepared for the tile
+    bool reads_s8;       // a tile takes rows of codes that are whole groups without preparation
 
     void (*quantize_rows)(const QuantizeRows&, int64_t first, int64_t last);
     void (*quantize_groups)(const QuantizeGroups&, int64_t first, int64_t last);
@@ -156,10 +164,8 @@ struct Kernels {
     void (*pack_panel)(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel);
     // Rows [first, last) of a, (·, k) with a_stride, as the tile reads them.
     void (*prepare_a)(const int8_t* a, int64_t a_stride, int64_t k, int64_t first, int64_t last, void* prepared);
-    // Rows [first, last) of one panel; `prepared` (and `prepared_residual`) hold exactly these rows.
-    void (*gemm_panel)(
-        const GemmTask&, int64_t first, int64_t last, int64_t panel, const void* prepared,
-        const void* prepared_residual);
+    // Rows [first, last) of one panel; `rows` starts at the first.
+    void (*gemm_panel)(const GemmTask&, int64_t first, int64_t last, int64_t panel, const TileRows& rows);
 
     void (*quantize_head)(const HeadTask&);
     // Queries [first, last) of one head.

@@ -82,13 +82,16 @@ def gemm_cases(row: int, tensor_core: str) -> Iterator[Case]:
         store = functools.partial(linear, c, n_, k_, m=m_, out_scale=meta(), row_sum=True)
         yield Case(f"int8_linear_quantize gelu static {m_}x{n_} split K {shares}", store, tensor_core, c.ctas)
 
-    def compensated():
+    def compensated(activation="none", **epilogue):
         a, b = meta(m, k, dtype=int8), meta(k, k, dtype=int8)
         gemm_s8_compensated.int8_linear_compensated(
-            a, meta(m), a, b, meta(k), b, meta(k), (True, True, True), 1.0, half
+            a, meta(m), a, b, meta(k), b, meta(k), (True, True, True), 1.0, activation, **epilogue, out_dtype=half
         )
 
     yield Case("int8_linear_compensated full", compensated, tensor_core)
+    yield Case("int8_linear_compensated full gelu", functools.partial(compensated, "gelu"), tensor_core)
+    residual = functools.partial(compensated, layer_scale=meta(k), residual=meta(m, k, dtype=half))
+    yield Case("int8_linear_compensated full residual", residual, tensor_core)
 
 
 def group_cases(row: int, tensor_core: str) -> Iterator[Case]:

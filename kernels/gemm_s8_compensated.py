@@ -1,6 +1,6 @@
 """Error-compensated INT8 GEMM (numerics §6), bit for bit that of `vqvit.reference`.
 
-    y = α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ] / 254 + μ R_A R_Bᵀ / 254²) + bias
+    y = act(α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ] / 254 + μ R_A R_Bᵀ / 254²) + bias) · layer_scale + residual
 
 Shapes: a and its residual codes (M, K) int8, b and its residual codes (N, K) int8, out (M, N) float.
 Layout and grid as in `kernels/gemm_s8.py`. Up to four products of the same tiles share one loop: each tile is loaded
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from vqvit.kernels import numerics as nm
 from vqvit.kernels.gemm_s8 import GemmConfig, load_k, multiples, tile_ids
-from vqvit.kernels.gemm_s8_epilogue import scaled
+from vqvit.kernels.gemm_s8_epilogue import finished, scaled, tile_ptrs
 from vqvit.kernels.launch import EXACT, INTERPRETER, device_of, on, vector
 
 # Three accumulators share the registers, and four tiles the shared memory, of one.
@@ -39,11 +39,14 @@ def _int8_compensated_kernel(
     a_scale_ptr,  # (M,) fp32
     b_scale_ptr,  # (N,) fp32
     bias_ptr,  # (N,) float or None
+    layer_scale_ptr,  # (N,) float or None
+    residual_ptr,  # (M, N) float or None
     first_weight,  # 1 / 254
     second_weight,  # μ / 254²
     M,
     N,
     K,
+    ACTIVATION: tl.constexpr,
     RA_B: tl.constexpr,
     A_RB: tl.constexpr,
     RA_RB: tl.constexpr,
@@ -57,8 +60,9 @@ def _int8_compensated_kernel(
     # size, program ids, offsets
     K = multiples(K, K_UNIT)
     pid_m, pid_n = tile_ids(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     a_offsets = (offs_m % M)[:, None].to(tl.int64) * K + offs_k[None, :]
     b_offsets = (offs_n % N)[None, :].to(tl.int64) * K + offs_k[:, None]
@@ -90,13 +94,15 @@ def _int8_compensated_kernel(
         y = nm.fma(second.to(tl.float32), second_weight, y)
     y = scaled(y, a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N)
     inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    out_ptrs = out_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    y = finished(y, layer_scale_ptr, residual_ptr, offs_n, inside, N, N, first_m, first_n, ACTIVATION, BLOCK_M, BLOCK_N)
+    out_ptrs = tile_ptrs(out_ptr, first_m, first_n, N, BLOCK_M, BLOCK_N)
     tl.store(out_ptrs, nm.from_fp32(y, out_ptr.dtype.element_ty), mask=inside)
 
 
 def int8_linear_compensated(
-    a, a_scale, a_residual, b, b_scale, b_residual, bias, terms, mu=1.0, out_dtype=torch.float32
-):
+    a, a_scale, a_residual, b, b_scale, b_residual, bias, terms, mu=1.0, activation="none", layer_scale=None,
+    residual=None, out_dtype=torch.float32,
+):  # fmt: skip
     """`terms`: which of R_A Bqᵀ, Aq R_Bᵀ, R_A R_Bᵀ to add."""
     (m, k), n = a.shape, b_scale.shape[0]
     out = torch.empty((m, n), dtype=out_dtype, device=a.device)
@@ -108,8 +114,8 @@ def int8_linear_compensated(
     with on(a):
         _int8_compensated_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
             *(vector(t) for t in (a, a_residual, b, b_residual)), out, vector(a_scale), vector(b_scale), vector(bias),
-            1 / nm.RESIDUAL_STEPS.value, mu / nm.RESIDUAL_STEPS.value**2, m, n, k,
-            RA_B=ra_b, A_RB=a_rb, RA_RB=ra_rb, EVEN_K=k % c.block_k == 0, K_UNIT=unit,
+            vector(layer_scale), vector(residual), 1 / nm.RESIDUAL_STEPS.value, mu / nm.RESIDUAL_STEPS.value**2,
+            m, n, k, ACTIVATION=activation, RA_B=ra_b, A_RB=a_rb, RA_RB=ra_rb, EVEN_K=k % c.block_k == 0, K_UNIT=unit,
             BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP_M=c.group_m,
             num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers, **EXACT,
         )  # fmt: skip

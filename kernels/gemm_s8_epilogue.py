@@ -31,6 +31,27 @@ def tile_ptrs(ptr, first_m, first_n, stride_m, BLOCK_M: tl.constexpr, BLOCK_N: t
 
 
 @triton.jit
+def finished(
+    y, layer_scale_ptr, residual_ptr, offs_n, inside, N, stride_rm, first_m, first_n, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """act(y) · layer_scale + residual of the fp32 tile at (first_m, first_n)."""
+    y = nm.activation(y, ACTIVATION)
+    if layer_scale_ptr is not None:
+        layer_scale = nm.to_fp32(tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0))[None, :]
+    if residual_ptr is not None:
+        residual_ptrs = tile_ptrs(residual_ptr, first_m, first_n, stride_rm, BLOCK_M, BLOCK_N)
+        residual = nm.to_fp32(tl.load(residual_ptrs, mask=inside, other=0.0))
+        if layer_scale_ptr is not None:
+            y = nm.fma(y, layer_scale, residual)
+        else:
+            y = residual + y
+    elif layer_scale_ptr is not None:
+        y = y * layer_scale
+    return y
+
+
+@triton.jit
 def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Left and right half of a tile's columns: a thread's registers stay its own."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
@@ -94,18 +115,10 @@ def epilogue(
 
             # scales, bias, activation, layer scale, residual
             y = scaled(acc.to(tl.float32), a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N)
-            y = nm.activation(y, ACTIVATION)
-            if layer_scale_ptr is not None:
-                layer_scale = nm.to_fp32(tl.load(layer_scale_ptr + offs_n, mask=offs_n < N, other=0.0))[None, :]
-            if residual_ptr is not None:
-                residual_ptrs = tile_ptrs(residual_ptr, first_m, first_n, stride_rm, BLOCK_M, BLOCK_N)
-                residual = nm.to_fp32(tl.load(residual_ptrs, mask=inside, other=0.0))
-                if layer_scale_ptr is not None:
-                    y = nm.fma(y, layer_scale, residual)
-                else:
-                    y = residual + y
-            elif layer_scale_ptr is not None:
-                y = y * layer_scale
+            y = finished(
+                y, layer_scale_ptr, residual_ptr, offs_n, inside, N, stride_rm, first_m, first_n,
+                ACTIVATION, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
 
             # store
             if HEADS > 0:

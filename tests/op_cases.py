@@ -193,12 +193,15 @@ def linear_quantize_poisoned(static: bool) -> tuple:
     return a, a_scale * 1e3, b, b_scale, bias, "none", *[None] * 4, torch.tensor(0.5) if static else None
 
 
-def compensated(shape, mode: str, mu: float = 1.0, bias: bool = True) -> tuple:
+def compensated(
+    shape, mode: str, mu: float = 1.0, bias: bool = True, activation: str = "none", epilogue: bool = False, **options
+) -> tuple:
     m, k, n = shape
     x, w = normal(m, k), normal(n, k)
     (a, a_scale, _, _), (b, b_scale, _, _) = ref.quantize_per_token(x), ref.quantize_per_token(w)
     residuals = ref.quantize_residual(x, a, a_scale), ref.quantize_residual(w, b, b_scale)
-    return a, a_scale, residuals[0], b, b_scale, residuals[1], normal(n) if bias else None, mode, mu
+    operands = a, a_scale, residuals[0], b, b_scale, residuals[1], normal(n) if bias else None, mode, mu, activation
+    return *operands, *((normal(n), normal(m, n, **options)) if epilogue else ())
 
 
 def attention(batch, heads, queries, keys, width, poison: str | None = None) -> tuple:
@@ -345,6 +348,10 @@ CASES = {
     "int8_linear_compensated": {
         **{mode: partial(compensated, (13, 37, 70), mode) for mode in ref.COMPENSATION_TERMS},
         "197_full": partial(compensated, (197, 64, 65), "full"),
+        **{f"full_{name}": partial(compensated, (9, 70, 40), "full", 1.0, True, name) for name in nm.ACTIVATIONS},
+        "residual": partial(compensated, (70, 64, 130), "weight", epilogue=True),
+        "residual_bf16": partial(compensated, (9, 33, 20), "full", epilogue=True, dtype=torch.bfloat16),
+        "layer_scale": lambda: (*compensated((9, 33, 20), "paper"), normal(20)),
         "paper_mu_no_bias": partial(compensated, (9, 33, 20), "paper", 1.7, False),
         "empty": lambda: (codes(0, 8), scales(0), codes(0, 8), codes(5, 8), scales(5), codes(5, 8)),
     },

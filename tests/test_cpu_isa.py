@@ -151,6 +151,7 @@ def test_compensation(mode):
     a, b = codes(14, 70), codes(75, 70)
     args = (a, torch.rand(14), codes(14, 70), b, torch.rand(75), codes(75, 70), torch.randn(75), mode, 0.7)
     assert_same("int8_linear_compensated", *args)
+    assert_same("int8_linear_compensated", *args, "gelu", torch.randn(75), torch.randn(14, 75))
 
 
 # Elementwise functions

@@ -137,10 +137,11 @@ def quantize_residual(x, codes, scale):
 
 
 def int8_linear_compensated(
-    a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, out_dtype=torch.float32
-):
+    a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, activation="none",
+    layer_scale=None, residual=None, out_dtype=torch.float32,
+):  # fmt: skip
     """α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ] / 254 + μ R_A R_Bᵀ / 254²) + bias, with the terms that `mode`
-    selects.
+    selects; then `epilogue`.
     """
     ra_b, a_rb, ra_rb = COMPENSATION_TERMS[mode]
     acc = int8_mm(a, b).float()
@@ -149,7 +150,8 @@ def int8_linear_compensated(
         acc = nm.fma(first_order.float(), 1 / nm.RESIDUAL_STEPS, acc)
     if ra_rb:
         acc = nm.fma(int8_mm(a_residual, b_residual).float(), mu / nm.RESIDUAL_STEPS**2, acc)
-    return _dequantized(acc, a_scale[:, None] * b_scale[None, :], bias).to(out_dtype)
+    y = _dequantized(acc, a_scale[:, None] * b_scale[None, :], bias)
+    return epilogue(y, activation, layer_scale, residual, out_dtype)
 
 
 def quantize_qkv(qkv, num_heads):

@@ -118,12 +118,24 @@ def check_linear(op, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_
     check(not grouped or zero_points == 0, op, "no zero points with group scales", "a_zero or b_zero")
     m, n, k = check_operands(op, a, a_scale, b, b_scale, zero_points, grouped)
     check_optional(op, "bias", bias, FLOATS, (n,), a)
-    check(activation in nm.ACTIVATIONS, op, f"activation in {nm.ACTIVATIONS}", repr(activation))
+    check_activation(op, activation)
     check((a_zero is None) or (b_sum is not None), op, "b_sum with a_zero (asymmetric activations)", "b_sum = None")
     check((b_zero is None) or (a_sum is not None), op, "a_sum with b_zero (asymmetric weights)", "a_sum = None")
     for name, vector, size in (("a_zero", a_zero, m), ("a_sum", a_sum, m), ("b_zero", b_zero, n), ("b_sum", b_sum, n)):
         check_optional(op, name, vector, torch.int32, (size,), a)
     return m, n, k
+
+
+def check_activation(op, activation) -> None:
+    check(activation in nm.ACTIVATIONS, op, f"activation in {nm.ACTIVATIONS}", repr(activation))
+
+
+def check_epilogue(op, activation, layer_scale, residual, out_dtype, shape: tuple, like) -> None:
+    """What follows a product of `shape` (M, N)."""
+    check_activation(op, activation)
+    check_optional(op, "layer_scale", layer_scale, FLOATS, shape[1:], like)
+    check_optional(op, "residual", residual, FLOATS, shape, like)
+    check_out_dtype(op, out_dtype)
 
 
 def check_attention(name, q, k, v, q_scale, k_scale, v_scale) -> tuple:

@@ -273,7 +273,8 @@ int vqvit_cpu_int8_linear_qkv(
 int vqvit_cpu_int8_linear_compensated(
     const vqvit_gemm* gemm, const int8_t* a_residual, const int8_t* b_residual, int terms, float first_order,
     float second_order, void* y, int dtype, int threads) {
-    if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
+    if (!known_dtype(dtype) || !known_dtype(gemm->residual_dtype)) return VQVIT_UNKNOWN_DTYPE;
+    if (!known_activation(gemm->activation)) return VQVIT_UNKNOWN_ACTIVATION;
     if (terms < 0 || terms > 7) return VQVIT_UNKNOWN_MODE;
     GemmTask t = gemm_task(*gemm, Store::kFloat, y, dtype, threads);
     t.terms = terms;

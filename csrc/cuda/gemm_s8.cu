@@ -136,13 +136,6 @@ int run_gemm(const GemmTask& task, void* stream) {
     return launch_tile<1, 8, 4, 4, 3>(task, stream);
 }
 
-int checked(const vqvit_gemm& g) {
-    if (!known_dtype(g.bias_dtype) || !known_dtype(g.layer_scale_dtype) || !known_dtype(g.residual_dtype)) {
-        return VQVIT_UNKNOWN_DTYPE;
-    }
-    return g.activation >= VQVIT_NONE && g.activation <= VQVIT_RELU ? VQVIT_OK : VQVIT_UNKNOWN_ACTIVATION;
-}
-
 GemmTask task_of(const vqvit_gemm& g, Store store, void* out) {
     GemmTask task = {};
     task.g = g;

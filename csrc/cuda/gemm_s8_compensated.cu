@@ -1,6 +1,6 @@
 // Error-compensated INT8 GEMM on mma.sync (formula: kernels/gemm_s8_compensated.py; numerics §6).
 //
-//     y = α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ] / 254 + μ R_A R_Bᵀ / 254²) + bias
+//     y = α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ] / 254 + μ R_A R_Bᵀ / 254²) + bias, then the epilogue of gemm_s8.h
 //
 // Shapes: a and its residual codes (M, K) int8, b and its residual codes (N, K) int8, out (M, N) float. Up to four
 // products of the same tiles share one loop: each tile is copied once, and one int32 accumulator serves each power of
@@ -89,7 +89,8 @@ extern "C" {
 int vqvit_cuda_int8_linear_compensated(
     const vqvit_gemm* gemm, const int8_t* a_residual, const int8_t* b_residual, int terms, float first_order,
     float second_order, void* y, int dtype, void* stream) {
-    if (!known_dtype(dtype) || !known_dtype(gemm->bias_dtype)) return VQVIT_UNKNOWN_DTYPE;
+    if (const int status = checked(*gemm)) return status;
+    if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (terms < 0 || terms > (kResidualA | kResidualB | kBothResiduals)) return VQVIT_UNKNOWN_MODE;
     CompensatedTask task = {};
     task.gemm.g = *gemm;

@@ -13,4 +13,12 @@ int compute_capability();
 
 inline bool known_dtype(int dtype) { return dtype >= VQVIT_F32 && dtype <= VQVIT_BF16; }
 
+// The status of a GEMM's types and activation.
+inline int checked(const vqvit_gemm& g) {
+    if (!known_dtype(g.bias_dtype) || !known_dtype(g.layer_scale_dtype) || !known_dtype(g.residual_dtype)) {
+        return VQVIT_UNKNOWN_DTYPE;
+    }
+    return g.activation >= VQVIT_NONE && g.activation <= VQVIT_RELU ? VQVIT_OK : VQVIT_UNKNOWN_ACTIVATION;
+}
+
 }  // namespace vqvit

@@ -165,10 +165,11 @@ def quantize_residual(x, codes, scale):
 
 
 def int8_linear_compensated(
-    a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, out_dtype=torch.float32
-):
+    a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, activation="none",
+    layer_scale=None, residual=None, out_dtype=torch.float32,
+):  # fmt: skip
     a = a.contiguous()
-    gemm, operands = _gemm(a, a_scale, b, b_scale, bias, "none", None, None, None, None, None, None)
+    gemm, operands = _gemm(a, a_scale, b, b_scale, bias, activation, layer_scale, residual, None, None, None, None)
     a_residual, b_residual = contiguous(a_residual), contiguous(b_residual)
     out = a.new_empty((gemm.m, gemm.n), dtype=out_dtype)
     run(

@@ -191,10 +191,13 @@ def int8_linear_qkv(a, a_scale, b, b_scale, bias, tokens, num_heads, a_zero=None
 
 @_on_stream
 def int8_linear_compensated(
-    a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, out_dtype=torch.float32
-):
+    a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, activation="none",
+    layer_scale=None, residual=None, out_dtype=torch.float32,
+):  # fmt: skip
     a, a_residual, b_residual = a.contiguous(), contiguous(a_residual), contiguous(b_residual)
-    gemm, operands = native_gemm(a, b.contiguous(), a_scale, b_scale, bias)
+    gemm, operands = native_gemm(
+        a, b.contiguous(), a_scale, b_scale, bias, layer_scale, contiguous(residual), activation=activation
+    )
     out = a.new_empty((gemm.m, gemm.n), dtype=out_dtype)
     _call(
         "int8_linear_compensated", gemm, pointer(a_residual), pointer(b_residual), TERM_BITS[mode],

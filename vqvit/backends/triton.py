@@ -135,11 +135,12 @@ def quantize_residual(x, codes, scale):
 
 
 def int8_linear_compensated(
-    a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, out_dtype=torch.float32
-):
+    a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, activation="none",
+    layer_scale=None, residual=None, out_dtype=torch.float32,
+):  # fmt: skip
     terms = reference.COMPENSATION_TERMS[mode]
     return _kernels("gemm_s8_compensated").int8_linear_compensated(
-        a, a_scale, a_residual, b, b_scale, b_residual, bias, terms, mu, out_dtype
+        a, a_scale, a_residual, b, b_scale, b_residual, bias, terms, mu, activation, layer_scale, residual, out_dtype
     )
 
 

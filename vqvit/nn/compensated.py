@@ -14,8 +14,7 @@ from vqvit.reference import COMPENSATION_TERMS
 class CompensatedLinear(QuantLinear):
     """y = α_x α_W ∘ (x_q W_qᵀ + terms of R_x and R_W) + b; which terms, `plan.compensation` says.
 
-    Buffer: residual int8 (N, K), R_W = rne(254 (W - α W_q) / α), where a term needs it. The op has no epilogue beyond
-    the bias: activation, layer scale and residual stream follow in fp32, in the order of `QuantLinear`'s.
+    Buffer: residual int8 (N, K), R_W = rne(254 (W - α W_q) / α), where a term needs it.
     """
 
     def __init__(self, plan: LayerPlan, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None):
@@ -69,11 +68,10 @@ class CompensatedLinear(QuantLinear):
         return self._compensated(x, rest, activation, layer_scale, residual, out_dtype)
 
     def _compensated(self, x: Codes, rest: Tensor | None, activation, layer_scale, residual, out_dtype) -> Tensor:
-        y = ops.int8_linear_compensated(
+        return ops.int8_linear_compensated(
             x.codes, x.scale, rest, self.codes, self.scale, self.residual, self.bias, self.plan.compensation,
-            self.plan.mu, torch.float32,
+            self.plan.mu, activation, layer_scale, residual, out_dtype,
         )  # fmt: skip
-        return reference.epilogue(y, activation, layer_scale, residual, out_dtype)
 
 
 class CompensatedPatchEmbed(CompensatedLinear):

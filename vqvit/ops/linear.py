@@ -34,9 +34,7 @@ def _(
 ):  # fmt: skip
     name = "int8_linear"
     m, n, _ = va.check_linear(name, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum)
-    va.check_optional(name, "layer_scale", layer_scale, va.FLOATS, (n,), a)
-    va.check_optional(name, "residual", residual, va.FLOATS, (m, n), a)
-    va.check_out_dtype(name, out_dtype)
+    va.check_epilogue(name, activation, layer_scale, residual, out_dtype, (m, n), a)
     return lambda: a.new_empty((m, n), dtype=out_dtype)
 
 
@@ -127,24 +125,26 @@ def int8_linear_quantize(
 
 @op(
     "int8_linear_compensated(Tensor a, Tensor a_scale, Tensor? a_residual, Tensor b, Tensor b_scale,"
-    " Tensor? b_residual, Tensor? bias=None, str mode='full', float mu=1.0, ScalarType out_dtype=float32) -> Tensor"
+    " Tensor? b_residual, Tensor? bias=None, str mode='full', float mu=1.0, str activation='none',"
+    " Tensor? layer_scale=None, Tensor? residual=None, ScalarType out_dtype=float32) -> Tensor"
 )
 def _(
-    a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, out_dtype=torch.float32
+    a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, activation="none",
+    layer_scale=None, residual=None, out_dtype=torch.float32,
 ):  # fmt: skip
     name = "int8_linear_compensated"
     va.check_tensor(name, "b", b, torch.int8, (None, None))
     m, n, k = va.check_operands(name, a, a_scale, b, b_scale, zero_points=1)  # two products share an accumulator
     va.check(mode in COMPENSATION_TERMS, name, f"mode in {tuple(COMPENSATION_TERMS)}", repr(mode))
     activation_term, weight_term, second_order = COMPENSATION_TERMS[mode]
-    for operand, residual, shape, needed in (
+    for operand, codes, shape, needed in (
         ("a_residual", a_residual, (m, k), activation_term or second_order),
         ("b_residual", b_residual, (n, k), weight_term or second_order),
     ):
-        va.check(residual is not None or not needed, name, f"{operand} for mode {mode!r}", "None")
-        va.check_optional(name, operand, residual, torch.int8, shape, a)
+        va.check(codes is not None or not needed, name, f"{operand} for mode {mode!r}", "None")
+        va.check_optional(name, operand, codes, torch.int8, shape, a)
     va.check_optional(name, "bias", bias, va.FLOATS, (n,), a)
-    va.check_out_dtype(name, out_dtype)
+    va.check_epilogue(name, activation, layer_scale, residual, out_dtype, (m, n), a)
     return lambda: a.new_empty((m, n), dtype=out_dtype)
 
 
@@ -158,19 +158,24 @@ def int8_linear_compensated(
     bias: Tensor | None = None,
     mode: str = "full",
     mu: float = 1.0,
+    activation: str = "none",
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Error-compensated INT8 linear: α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ]/254 + μ R_A R_Bᵀ/254²) + bias.
+    """Error-compensated INT8 linear: α_a α_bᵀ ∘ (Aq Bqᵀ + [R_A Bqᵀ + Aq R_Bᵀ]/254 + μ R_A R_Bᵀ/254²) + bias, with the
+    epilogue of `int8_linear`.
 
     Args:
         a, a_residual: int8 (M, K), a_scale fp32 (M,). b, b_residual: int8 (N, K), b_scale fp32 (N,).
         mode: which terms: "none"; "paper": only μ R_A R_Bᵀ (the paper's E_comp); "activation": R_A Bqᵀ;
-            "weight": Aq R_Bᵀ; "full": all three (numerics §6). A residual that the mode does not use may be None.
+            "weight": Aq R_Bᵀ; "full": all three (numerics §6). Residual codes that the mode does not use may be None.
+        activation, layer_scale, residual: as `int8_linear`.
 
     Returns: (M, N) in out_dtype.
     """
     return torch.ops.vqvit.int8_linear_compensated(
-        a, a_scale, a_residual, b, b_scale, b_residual, bias, mode, mu, out_dtype
+        a, a_scale, a_residual, b, b_scale, b_residual, bias, mode, mu, activation, layer_scale, residual, out_dtype
     )
 
 

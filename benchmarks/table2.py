@@ -78,7 +78,7 @@ def main() -> None:
     folders = {row.key: cache.prepared(row) for row in rows}
     first = next(iter(test))[0]
     add_sizes(measured, folders, cache.folder, first[:1], arguments.device)
-    for batch in map(int, arguments.batch.split(",")) if arguments.seconds > 0 else ():
+    for batch in map(int, arguments.batch.split(",")):
         add_latency(measured, folders, first[:batch], arguments.seconds, arguments.device)
     for entry in measured:
         append_csv(RESULTS, {"model": Path(arguments.model).name, **entry, **provenance_row(arguments.device)})
@@ -147,11 +147,13 @@ def add_sizes(measured: list[dict], folders: dict[str, Path], scratch: Path, ima
 
 
 def add_latency(measured: list[dict], folders: dict[str, Path], images: Tensor, seconds: float, device: str) -> None:
-    """Interleaved medians of all rows."""
-    models = {key: engines.open_model(folder, device) for key, folder in folders.items()}
-    calls = {key: engines.timed_call(model, images) for key, model in models.items()}
+    """Interleaved medians of all rows; None without `seconds`."""
     for entry in measured:
         entry |= {f"b{len(images)}_{name}": None for name in ("median_ms", "p20_ms", "p80_ms")}
+    if seconds == 0:
+        return
+    models = {key: engines.open_model(folder, device) for key, folder in folders.items()}
+    calls = {key: engines.timed_call(model, images) for key, model in models.items()}
     for key, latency in interleaved(calls, seconds, device, f"latency at batch {len(images)}").items():
         entry = next(entry for entry in measured if entry["key"] == key)
         entry |= {f"b{len(images)}_{name}": getattr(latency, name) for name in ("median_ms", "p20_ms", "p80_ms")}

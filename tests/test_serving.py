@@ -105,6 +105,14 @@ def test_a_head_normalises_the_token_that_it_reads(tmp_path):
     assert steps.index("aten.select.int") < steps.index("aten.layer_norm.default")
 
 
+def test_what_the_model_computes_of_its_weights_alone_is_stored(tmp_path):
+    """Position embeddings of DINOv2 at another size than it was trained for: interpolated once, when it is exported."""
+    model, pixels = quantized("dinov2"), torch.randn(2, 3, 48, 40)
+    folder = vqvit.export(model, tmp_path / "out", pixels)
+    assert "upsample" not in " ".join(step.op for step in read(folder).steps)
+    assert_same(Session(folder), model, pixels)
+
+
 def test_a_process_that_serves_does_not_import_torch(tmp_path):
     model, pixels = quantized("vit"), images(2)
     vqvit.export(model, tmp_path / "out")

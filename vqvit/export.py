@@ -75,15 +75,16 @@ def _program(model: nn.Module, sample: Tensor) -> tuple[Program, dict[str, Tenso
     _drop_checks(graph)
     _drop_whole_slices(graph)
     _read_selected_rows_only(graph)
-    stored = _model_tensors(exported)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder" and node.users]
+    constants = _constants(graph, _model_tensors(exported))
     inputs = tuple(
-        Input(node.name, (BATCH, *node.meta["val"].shape[1:])) for node in placeholders if node.name not in stored
+        Input(node.name, (BATCH, *node.meta["val"].shape[1:]))
+        for node in graph.find_nodes(op="placeholder")
+        if node.users and node not in constants
     )
-    writer = _Writer({node: stored[node.name][0] for node in placeholders if node.name in stored})
+    writer = _Writer({node: name for node, (name, _) in constants.items()})
     steps = tuple(writer.steps(graph))
     weights = {
-        name: _stored(tensor, name, name in writer.packed) for name, tensor in stored.values() if name in writer.used
+        name: _stored(value, name, name in writer.packed) for name, value in constants.values() if name in writer.used
     }
     (results,) = next(node.args for node in graph.nodes if node.op == "output")
     labels = _labels(exported.call_spec.out_spec, len(results))
@@ -101,6 +102,27 @@ def _model_tensors(exported: torch.export.ExportedProgram) -> dict[str, tuple[st
     }
     tensors = {**exported.state_dict, **exported.constants}
     return {placeholder: (name, tensors[name]) for placeholder, name in names.items()}
+
+
+def _constants(graph: fx.Graph, tensors: dict[str, tuple[str, Tensor]]) -> dict[fx.Node, tuple[str, object]]:
+    """Name and value of every node that no input reaches: the model's tensors, and what it computes of them alone, such
+    as position embeddings interpolated to the size of the images.
+    """
+    constants = {}
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in tensors:
+            constants[node] = tensors[node.name]
+        elif node.op == "call_function" and _is_pure(node) and all(n in constants for n in node.all_input_nodes):
+            arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: constants[n][1])
+            constants[node] = (f"constants.{node.name}", node.target(*arguments[0], **arguments[1]))
+    return constants
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether the node's value depends on its arguments alone, and changes none of them."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
 def _drop_checks(graph: fx.Graph) -> None:
@@ -157,7 +179,7 @@ def _keeps(padded: fx.Node, axis: int, index: int) -> bool:
 
 
 class _Writer:
-    """Nodes to steps. `weights`: the name of each placeholder that is a tensor of the model."""
+    """Nodes to steps. `weights`: the name of each node that is a constant."""
 
     def __init__(self, weights: dict[fx.Node, str]):
         self.weights = weights
@@ -166,7 +188,7 @@ class _Writer:
 
     def steps(self, graph: fx.Graph) -> Iterator[Step]:
         for node in graph.nodes:
-            if node.op == "call_function" and node.target is not operator.getitem:
+            if node.op == "call_function" and node.target is not operator.getitem and node not in self.weights:
                 yield self.step(node)
 
     def step(self, node: fx.Node) -> Step:

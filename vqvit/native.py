@@ -234,7 +234,7 @@ def _open(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        if "GOMP" not in str(error):
+        if "omp" not in str(error).lower():
             raise
     # torch is not loaded, or made no OpenMP runtime visible: take its copy all the same (it may come later, and two
     # runtimes would be two pools of threads), else the system's.

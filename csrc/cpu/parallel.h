@@ -1,5 +1,8 @@
-// One loop over tasks on at most `threads` OpenMP threads, handed out one by one (a slow core takes fewer).
+// One loop over tasks on at most `threads` OpenMP threads. Every thread starts at its own share of them, the same in each
+// loop, so that the rows it reads are mostly those it wrote; then it takes what others have left (a slow core takes fewer).
 #pragma once
+
+#include <omp.h>
 
 #include <algorithm>
 #include <atomic>
@@ -12,6 +15,16 @@ namespace vqvit {
 constexpr int64_t kSerialWork = int64_t{1} << 19;
 constexpr int64_t kRowOperations = 32;
 
+// Tasks [next, end) that are not taken yet, on a cache line of their own.
+struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+};
+constexpr int64_t kMaxShares = 64;
+
+// Block i of `blocks` even parts of [0, total).
+inline int64_t block_start(int64_t i, int64_t blocks, int64_t total) { return i * total / blocks; }
+
 // task(state, i) for i in [0, tasks); every thread has one State of its own.
 template <class State, class Task>
 void parallel_for(int64_t tasks, int64_t work, int threads, const Task& task) {
@@ -21,18 +34,24 @@ void parallel_for(int64_t tasks, int64_t work, int threads, const Task& task) {
         for (int64_t i = 0; i < tasks; ++i) task(state, i);
         return;
     }
-    std::atomic<int64_t> next{0};
+    const int64_t shares = std::min(wanted, kMaxShares);
+    Share share[kMaxShares];
+    for (int64_t s = 0; s < shares; ++s) {
+        share[s].next.store(block_start(s, shares, tasks), std::memory_order_relaxed);
+        share[s].end = block_start(s + 1, shares, tasks);
+    }
 #pragma omp parallel num_threads(static_cast<int>(wanted))
     {
         State state;
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(state, i);
+        const int64_t own = omp_get_thread_num();
+        for (int64_t s = 0; s < shares; ++s) {
+            Share& from = share[(own + s) % shares];
+            for (int64_t i; (i = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) task(state, i);
+        }
     }
 }
 
 struct Stateless {};
-
-// Block i of `blocks` even parts of [0, total).
-inline int64_t block_start(int64_t i, int64_t blocks, int64_t total) { return i * total / blocks; }
 
 // task(first, last) over rows of `row_elements` elements, a few blocks a thread.
 template <class Task>

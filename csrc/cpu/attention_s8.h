@@ -26,7 +26,6 @@ struct HeadScratch {
     int32_t* out;         // (2, kRows, 64) accumulators of either digit
 
     HeadScratch(const AttentionTask& t, int64_t rows, int64_t group_bytes) {
-        constexpr int64_t kLine = 64;
         key_panels = ceil_div(t.keys, kPanel);
         key_columns = key_panels * kPanel;
         value_groups = ceil_div(t.keys, kKGroup);
@@ -34,7 +33,7 @@ struct HeadScratch {
         int64_t bytes = 0;
         const auto place = [&](int64_t size) {
             const int64_t offset = bytes;
-            bytes += round_up(size, kLine);
+            bytes += round_up(size, kLineBytes);
             return offset;
         };
         const int64_t k_at = place(key_panels * panel_bytes(t.head_dim));

@@ -7,9 +7,10 @@
 //   kGroupBytes       bytes that four input channels of one row take once prepared
 //   prepare           one row of s8 codes in the layout the tile reads, padded to groups; of u8 too unless kReadsU8
 //   tile              out[r][n] = Σ_k a[r][k] b[n][k] for `rows` <= kRows rows and 16 · `vectors` columns of a panel;
-//                     `sums`: Σ_k b[n][k] over the same groups, read where kReadsU8; NULL: a is u8
+//                     `sums`: Σ_k b[n][k] over the same groups, read where kReadsU8; NULL: a is u8. `ahead`: `groups`
+//                     cache lines that tiles will read soon, a hint, or NULL
 //   add_tile          if kAddsTiles: out[r][n] = fma(Σ_k a[r][k] b[n][k], scale[r · scale_stride], out[r][n]), fp32
-//                     (rows, 64), of s8 codes
+//                     (rows, 64), of s8 codes; `ahead` as of `tile`
 //   pack_panel        one panel from rows of b: see pack_panel_portable
 //   pack_transposed   one panel from columns of b, without sums: see pack_transposed_portable
 #pragma once
@@ -73,7 +74,7 @@ struct DotScalar {
 
     static void tile(
         int rows, int vectors, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups,
-        const int32_t*, int32_t* out, int64_t out_stride) {
+        const int32_t*, int32_t* out, int64_t out_stride, const int8_t* = nullptr) {
         const int columns = vectors * 16;
         for (int r = 0; r < rows; ++r) {
             int32_t acc[kPanel] = {};

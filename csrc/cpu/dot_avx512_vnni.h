@@ -24,11 +24,11 @@ struct DotAvx512Vnni {
         for (; k % kKGroup != 0; ++k) prepared[k] = 0;
     }
 
-    // finish(r, n, acc[r][n]) for each register of sums.
+    // finish(r, n, acc[r][n]) for each register of sums. `ahead`: lines for L2, one a group.
     template <bool Signed, int R, int N, class Finish>
     __attribute__((always_inline)) static void accumulate(
         const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, const int32_t* sums,
-        const Finish& finish) {
+        const int8_t* ahead, const Finish& finish) {
         const __m512i flip = _mm512_set1_epi8(static_cast<char>(128));
         __m512i acc[R][N];
 #pragma GCC unroll 4
@@ -39,6 +39,7 @@ struct DotAvx512Vnni {
             for (int r = 0; r < R; ++r) acc[r][n] = start;
         }
         for (int64_t g = 0; g < groups; ++g) {
+            _mm_prefetch(reinterpret_cast<const char*>(ahead + g * 64), _MM_HINT_T1);
             __m512i b[N];
 #pragma GCC unroll 4
             for (int n = 0; n < N; ++n) b[n] = _mm512_loadu_si512(panel + g * vqvit::kGroupBytes + n * 64);
@@ -67,8 +68,8 @@ struct DotAvx512Vnni {
     template <bool Signed, int R, int N>
     static void tile_fixed(
         const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, const int32_t* sums,
-        int32_t* out, int64_t out_stride) {
-        accumulate<Signed, R, N>(a, a_stride, panel, groups, sums, [&](int r, int n, __m512i acc) {
+        int32_t* out, int64_t out_stride, const int8_t* ahead) {
+        accumulate<Signed, R, N>(a, a_stride, panel, groups, sums, ahead, [&](int r, int n, __m512i acc) {
             _mm512_storeu_si512(out + r * out_stride + n * kColumns, acc);
         });
     }
@@ -76,8 +77,8 @@ struct DotAvx512Vnni {
     template <int R>
     static void add_fixed(
         const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, const int32_t* sums,
-        const float* scale, int64_t scale_stride, float* out) {
-        accumulate<true, R, kTileVectors>(a, a_stride, panel, groups, sums, [&](int r, int n, __m512i acc) {
+        const float* scale, int64_t scale_stride, float* out, const int8_t* ahead) {
+        accumulate<true, R, kTileVectors>(a, a_stride, panel, groups, sums, ahead, [&](int r, int n, __m512i acc) {
             float* target = out + r * kPanel + n * kColumns;
             const __m512 row_scale = _mm512_set1_ps(scale[r * scale_stride]);
             const __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), row_scale, _mm512_loadu_ps(target));
@@ -85,7 +86,8 @@ struct DotAvx512Vnni {
         });
     }
 
-    using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, const int32_t*, int32_t*, int64_t);
+    using Tile = void (*)(
+        const uint8_t*, int64_t, const int8_t*, int64_t, const int32_t*, int32_t*, int64_t, const int8_t*);
 
     template <bool Signed>
     static Tile tile_of_shape(int rows, int vectors) {
@@ -102,20 +104,22 @@ struct DotAvx512Vnni {
 
     static void tile(
         int rows, int vectors, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups,
-        const int32_t* sums, int32_t* out, int64_t out_stride) {
+        const int32_t* sums, int32_t* out, int64_t out_stride, const int8_t* ahead = nullptr) {
         const Tile tile = sums != nullptr ? tile_of_shape<true>(rows, vectors) : tile_of_shape<false>(rows, vectors);
-        tile(a, a_stride, panel, groups, sums, out, out_stride);
+        tile(a, a_stride, panel, groups, sums, out, out_stride, ahead == nullptr ? panel : ahead);
     }
 
     static void add_tile(
         int rows, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, const int32_t* sums,
-        const float* scale, int64_t scale_stride, float* out) {
+        const float* scale, int64_t scale_stride, float* out, const int8_t* ahead) {
         using Add = void (*)(
-            const uint8_t*, int64_t, const int8_t*, int64_t, const int32_t*, const float*, int64_t, float*);
+            const uint8_t*, int64_t, const int8_t*, int64_t, const int32_t*, const float*, int64_t, float*,
+            const int8_t*);
         static constexpr Add by_rows[kRows] = {
             add_fixed<1>, add_fixed<2>, add_fixed<3>, add_fixed<4>, add_fixed<5>, add_fixed<6>,
         };
-        by_rows[rows - 1](a, a_stride, panel, groups, sums, scale, scale_stride, out);
+        by_rows[rows - 1](
+            a, a_stride, panel, groups, sums, scale, scale_stride, out, ahead == nullptr ? panel : ahead);
     }
 
     // Sixteen rows of 16 groups become 16 groups of 16 rows: a transpose of 4-byte elements.

@@ -59,7 +59,7 @@ struct DotAvxVnni {
 
     static void tile(
         int rows, int vectors, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups,
-        const int32_t* sums, int32_t* out, int64_t out_stride) {
+        const int32_t* sums, int32_t* out, int64_t out_stride, const int8_t* = nullptr) {
         using Tile =
             void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, const __m256i(&)[2], int32_t*, int64_t);
         static constexpr Tile by_rows[kRows] = {tile_16<1>, tile_16<2>, tile_16<3>, tile_16<4>, tile_16<5>, tile_16<6>};

@@ -22,12 +22,12 @@ struct BlockScratch {
     float* hidden_scale;  // (rows), or with fc2_groups (rows, ceil(hidden / 128))
 
     BlockScratch(const vqvit_encoder_block& b, int64_t batch, int64_t tokens, int attended_dtype) {
-        constexpr int64_t kLine = 64, kFloat = sizeof(float);
+        constexpr int64_t kFloat = sizeof(float);
         const int64_t rows = batch * tokens, inner = b.heads * b.head_dim;
         int64_t bytes = 0;
         const auto place = [&](int64_t size) {
             const int64_t offset = bytes;
-            bytes += round_up(size, kLine);
+            bytes += round_up(size, kLineBytes);
             return offset;
         };
         const int64_t codes_at = place(rows * std::max(b.width, inner));

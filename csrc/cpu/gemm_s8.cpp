@@ -64,12 +64,14 @@ struct PreparedRows {
     }
 };
 
-// Tasks are (row block, panel), row blocks outermost: a thread prepares a block and streams panels past it.
+// Tasks are (row block, panel), row blocks outermost: a thread prepares a block and streams panels past it. Blocks are as
+// many for each thread.
 void run_gemm(const Kernels& isa, const GemmTask& t, int threads) {
     const vqvit_gemm& g = t.gemm;
     if (g.m == 0 || g.n == 0) return;
     const int64_t panels = ceil_div(g.n, kPanel), busy = ceil_div(threads * kTasksPerThread, panels);
-    const RowBlocks rows(g.m, isa.tile_rows, busy, row_bytes(isa, g.k), kRowBlockBytes);
+    RowBlocks rows(g.m, isa.tile_rows, busy, row_bytes(isa, g.k), kRowBlockBytes);
+    rows.blocks = std::min(round_up(rows.blocks, threads), rows.tiles);
     const auto task = [&](PreparedRows& prepared, int64_t i) {
         const int64_t block = i / panels, first = rows.first(block), last = rows.last(block);
         prepared.load(isa, t, block, first, last);
@@ -136,12 +138,14 @@ void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int thr
     const int64_t tiles_in_l1 = kWaitingTileBytes / (unit * isa.tile_rows * int64_t{sizeof(float)});
     const int64_t step = std::max<int64_t>(tiles_in_l1, 1) * isa.tile_rows;
 
-    const int64_t tasks = value_units + other_units * rows.blocks;  // of an image, the longest first
+    // Tasks of an image: all of one size, a head's together, as int8_attention shares them out; else the longest first.
+    const int64_t tasks = value_units + other_units * rows.blocks;
+    const bool by_head = rows.blocks == 1 && units == 3 * value_units;
     const auto task = [&](PreparedRows& prepared, int64_t i) {
-        const int64_t image = i / tasks, within = i % tasks - value_units;
-        const bool values = within < 0;
-        const int64_t block = values ? 0 : within / other_units, whole = rows.blocks == 1 ? 0 : 1 + block;
-        const int64_t u = values ? units + within : within % other_units;
+        const int64_t image = i / tasks, within = i % tasks, other = within - value_units;
+        const int64_t u = by_head ? within % 3 * value_units + within / 3 : other < 0 ? units + other : other % other_units;
+        const bool values = u >= other_units;
+        const int64_t block = by_head || values ? 0 : other / other_units, whole = rows.blocks == 1 ? 0 : 1 + block;
         const int64_t begin = image * out.tokens, first = begin + (values ? 0 : rows.first(block));
         const int64_t last = begin + (values ? out.tokens : rows.last(block));
         prepared.load(isa, t, image * (rows.blocks + 1) + (values ? 0 : whole), first, last);

@@ -225,11 +225,11 @@ const int32_t* group_column_sums(const int8_t* panel, int64_t k) {
 }
 
 // One tile of Σ_g fma(acc_g, α_a[m, g], s) over the kGroup columns g of a, in their order. `a`: prepared rows from m on;
-// `out` (rows, 64): fp32.
+// `out` (rows, 64): fp32; `ahead`: as of a tile of all columns.
 template <class V, class Dot>
 void add_groups(
     const vqvit_gemm& g, int64_t m, int rows, const uint8_t* a, int64_t a_stride, const int8_t* panel,
-    const int32_t* sums, float* out) {
+    const int32_t* sums, float* out, const int8_t* ahead) {
     constexpr int64_t kRowBytes = kGroup / kKGroup * Dot::kGroupBytes, kPanelBytes = kGroup / kKGroup * kGroupBytes;
     const int64_t scales = ceil_div(g.k, kGroup);
     alignas(64) int32_t acc[Dot::kRows * kPanel];
@@ -239,7 +239,8 @@ void add_groups(
         const int32_t* group_sums = sums == nullptr ? nullptr : sums + i * kPanel;
         const float* scale_of_rows = g.a_scale + m * scales + i;
         if constexpr (Dot::kAddsTiles) {
-            Dot::add_tile(rows, a, a_stride, panel, groups, group_sums, scale_of_rows, scales, out);
+            const int8_t* lines = ahead == nullptr ? nullptr : ahead + i * (kGroup / kKGroup) * kLineBytes;
+            Dot::add_tile(rows, a, a_stride, panel, groups, group_sums, scale_of_rows, scales, out, lines);
             continue;
         }
         Dot::tile(rows, kTileVectors, a, a_stride, panel, groups, group_sums, acc, kPanel);
@@ -269,11 +270,20 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
     const bool grouped = t.gemm.a_groups != 0, plain = is_plain(t, columns);
     const int32_t* group_sums = grouped ? group_column_sums<Dot>(t.panels + offset, t.gemm.k) : nullptr;
 
+    // The next panel of b goes to L2, a part with each tile: at batch 1 it comes from memory.
+    constexpr int64_t kParts = kGroupBytes / kLineBytes;
+    const bool more = panel + 1 < ceil_div(t.gemm.n, kPanel);
+    const auto next_panel = [&](const int8_t* b, int64_t tile) {
+        return more ? b + panel_bytes(t.gemm.k) + tile % kParts * groups * kLineBytes : nullptr;
+    };
+
     TileRows at = rows;
     for (int64_t m = first; m < last; m += Dot::kRows, at.a += Dot::kRows * at.stride) {
         const int count = static_cast<int>(smaller(last - m, Dot::kRows));
+        const int64_t tile = (m - first) / Dot::kRows;
         if (grouped) {
-            add_groups<V, Dot>(t.gemm, m, count, at.a, at.stride, t.panels + offset, group_sums, sums);
+            const int8_t* b = t.panels + offset;
+            add_groups<V, Dot>(t.gemm, m, count, at.a, at.stride, b, group_sums, sums, next_panel(b, tile));
             if (plain) {
                 finish_plain_tile<V>(t, columns, m, count, sums);
             } else {
@@ -287,7 +297,8 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
             if ((wanted >> i & 1) == 0) continue;
             const int8_t* b = right[i] + offset;
             Dot::tile(
-                count, kTileVectors, left[i], at.stride, b, groups, column_sums(b, groups), products + i * kTile, kPanel);
+                count, kTileVectors, left[i], at.stride, b, groups, column_sums(b, groups), products + i * kTile, kPanel,
+                next_panel(b, tile));
         }
         if (t.store == Store::kInt32) {
             store_products(t, columns, m, count, products);

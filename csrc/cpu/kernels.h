@@ -12,6 +12,7 @@ namespace vqvit {
 constexpr int kPanel = 64;   // output channels of a packed panel
 constexpr int kKGroup = 4;   // input channels that one VNNI lane multiplies and sums
 constexpr int64_t kGroupBytes = int64_t{kPanel} * kKGroup;
+constexpr int64_t kLineBytes = 64;  // of a cache
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

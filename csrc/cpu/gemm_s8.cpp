@@ -1,5 +1,5 @@
-// int8_mm, int8_linear and its quantizing, compensated and projecting (qkv) forms: blocking and threads around the panel kernels.
-// The formulas are in gemm_s8.h.
+// int8_mm, int8_linear and its quantizing, compensated and projecting (qkv) forms: blocking and threads around the panel
+// kernels. The formulas are in gemm_s8.h.
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -143,7 +143,8 @@ void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int thr
     const bool by_head = rows.blocks == 1 && units == 3 * value_units;
     const auto task = [&](PreparedRows& prepared, int64_t i) {
         const int64_t image = i / tasks, within = i % tasks, other = within - value_units;
-        const int64_t u = by_head ? within % 3 * value_units + within / 3 : other < 0 ? units + other : other % other_units;
+        const int64_t longest_first = other < 0 ? units + other : other % other_units;
+        const int64_t u = by_head ? within % 3 * value_units + within / 3 : longest_first;
         const bool values = u >= other_units;
         const int64_t block = by_head || values ? 0 : other / other_units, whole = rows.blocks == 1 ? 0 : 1 + block;
         const int64_t begin = image * out.tokens, first = begin + (values ? 0 : rows.first(block));
@@ -253,7 +254,7 @@ int vqvit_cpu_int8_linear_quantize(
     const Codes out = {codes, scale, zero_point, row_sum, nullptr, 0.0f, symmetric != 0};
     GemmTask t = gemm_task(g, Store::kFloat, nullptr, VQVIT_F32, threads);
     RowBlocks rows(g.m, isa.tile_rows, threads, g.n * int64_t{sizeof(float)}, kWaitingRowBytes);
-    rows.blocks = std::min(round_up(rows.blocks, threads), rows.tiles);  // few long tasks: as many for each thread, 2 % of ViT-B
+    rows.blocks = std::min(round_up(rows.blocks, threads), rows.tiles);  // few and long: as many for each thread
     if (rows.tiles >= 4 * int64_t{threads}) {  // else whole rows would leave threads idle
         run_gemm_per_token(isa, t, out, rows, threads);
         return VQVIT_OK;

@@ -1,5 +1,6 @@
 // One loop over tasks on at most `threads` OpenMP threads. Every thread starts at its own share of them, the same in each
-// loop, so that the rows it reads are mostly those it wrote; then it takes what others have left (a slow core takes fewer).
+// loop, so that the rows it reads are mostly those it wrote; then it takes what others have left (a slow core takes
+// fewer).
 #pragma once
 
 #include <omp.h>

@@ -150,7 +150,7 @@ def add_latency(measured: list[dict], folders: dict[str, Path], images: Tensor, 
     """Interleaved medians of all rows; None without `seconds`."""
     for entry in measured:
         entry |= {f"b{len(images)}_{name}": None for name in ("median_ms", "p20_ms", "p80_ms")}
-    if seconds == 0:
+    if seconds <= 0:
         return
     models = {key: engines.open_model(folder, device) for key, folder in folders.items()}
     calls = {key: engines.timed_call(model, images) for key, model in models.items()}

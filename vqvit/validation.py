@@ -130,9 +130,8 @@ def check_activation(op, activation) -> None:
     check(activation in nm.ACTIVATIONS, op, f"activation in {nm.ACTIVATIONS}", repr(activation))
 
 
-def check_epilogue(op, activation, layer_scale, residual, out_dtype, shape: tuple, like) -> None:
-    """What follows a product of `shape` (M, N)."""
-    check_activation(op, activation)
+def check_epilogue(op, layer_scale, residual, out_dtype, shape: tuple, like) -> None:
+    """What follows the activation of a product of `shape` (M, N)."""
     check_optional(op, "layer_scale", layer_scale, FLOATS, shape[1:], like)
     check_optional(op, "residual", residual, FLOATS, shape, like)
     check_out_dtype(op, out_dtype)

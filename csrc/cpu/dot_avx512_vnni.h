@@ -39,7 +39,7 @@ struct DotAvx512Vnni {
             for (int r = 0; r < R; ++r) acc[r][n] = start;
         }
         for (int64_t g = 0; g < groups; ++g) {
-            _mm_prefetch(reinterpret_cast<const char*>(ahead + g * 64), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(ahead + g * kLineBytes), _MM_HINT_T1);
             __m512i b[N];
 #pragma GCC unroll 4
             for (int n = 0; n < N; ++n) b[n] = _mm512_loadu_si512(panel + g * vqvit::kGroupBytes + n * 64);

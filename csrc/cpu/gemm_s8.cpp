@@ -37,6 +37,9 @@ struct RowBlocks {
         const int64_t fitting = std::max<int64_t>(block_bytes / (bytes_per_row * tile_rows), 1);
         blocks = std::min(std::max(ceil_div(tiles, fitting), at_least), tiles);
     }
+    // As many blocks for each thread.
+    void share_evenly(int threads) { blocks = std::min(round_up(blocks, threads), tiles); }
+
     int64_t first(int64_t i) const { return block_start(i, blocks, tiles) * tile_rows; }
     int64_t last(int64_t i) const { return std::min(first(i + 1), rows); }
 };
@@ -64,14 +67,13 @@ struct PreparedRows {
     }
 };
 
-// Tasks are (row block, panel), row blocks outermost: a thread prepares a block and streams panels past it. Blocks are as
-// many for each thread.
+// Tasks are (row block, panel), row blocks outermost: a thread prepares a block and streams panels past it.
 void run_gemm(const Kernels& isa, const GemmTask& t, int threads) {
     const vqvit_gemm& g = t.gemm;
     if (g.m == 0 || g.n == 0) return;
     const int64_t panels = ceil_div(g.n, kPanel), busy = ceil_div(threads * kTasksPerThread, panels);
     RowBlocks rows(g.m, isa.tile_rows, busy, row_bytes(isa, g.k), kRowBlockBytes);
-    rows.blocks = std::min(round_up(rows.blocks, threads), rows.tiles);
+    rows.share_evenly(threads);
     const auto task = [&](PreparedRows& prepared, int64_t i) {
         const int64_t block = i / panels, first = rows.first(block), last = rows.last(block);
         prepared.load(isa, t, block, first, last);
@@ -254,7 +256,7 @@ int vqvit_cpu_int8_linear_quantize(
     const Codes out = {codes, scale, zero_point, row_sum, nullptr, 0.0f, symmetric != 0};
     GemmTask t = gemm_task(g, Store::kFloat, nullptr, VQVIT_F32, threads);
     RowBlocks rows(g.m, isa.tile_rows, threads, g.n * int64_t{sizeof(float)}, kWaitingRowBytes);
-    rows.blocks = std::min(round_up(rows.blocks, threads), rows.tiles);  // few and long: as many for each thread
+    rows.share_evenly(threads);
     if (rows.tiles >= 4 * int64_t{threads}) {  // else whole rows would leave threads idle
         run_gemm_per_token(isa, t, out, rows, threads);
         return VQVIT_OK;

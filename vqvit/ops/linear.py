@@ -34,7 +34,7 @@ def _(
 ):  # fmt: skip
     name = "int8_linear"
     m, n, _ = va.check_linear(name, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum)
-    va.check_epilogue(name, activation, layer_scale, residual, out_dtype, (m, n), a)
+    va.check_epilogue(name, layer_scale, residual, out_dtype, (m, n), a)
     return lambda: a.new_empty((m, n), dtype=out_dtype)
 
 
@@ -144,7 +144,8 @@ def _(
         va.check(codes is not None or not needed, name, f"{operand} for mode {mode!r}", "None")
         va.check_optional(name, operand, codes, torch.int8, shape, a)
     va.check_optional(name, "bias", bias, va.FLOATS, (n,), a)
-    va.check_epilogue(name, activation, layer_scale, residual, out_dtype, (m, n), a)
+    va.check_activation(name, activation)
+    va.check_epilogue(name, layer_scale, residual, out_dtype, (m, n), a)
     return lambda: a.new_empty((m, n), dtype=out_dtype)
 
 

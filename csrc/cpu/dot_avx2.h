@@ -13,7 +13,7 @@ struct DotAvx2 {
     static constexpr int kGroupBytes = kKGroup * sizeof(int16_t);
     static constexpr bool kReadsU8 = false;
     static constexpr bool kReadsS8 = false;
-    static constexpr bool kAddsTiles = false;
+    static constexpr bool kFinishesTiles = false;
 
     // A group (a0, a1, a2, a3) is stored as int16 (a0, a2, a1, a3): the pairs that even and odd weight bytes meet.
     template <class Code>  // int8_t or uint8_t

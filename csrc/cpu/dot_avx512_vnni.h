@@ -16,7 +16,7 @@ struct DotAvx512Vnni {
     static constexpr int kGroupBytes = kKGroup;
     static constexpr bool kReadsU8 = true;
     static constexpr bool kReadsS8 = true;
-    static constexpr bool kAddsTiles = true;
+    static constexpr bool kFinishesTiles = true;
     static constexpr int kColumns = 16;  // of a zmm register
 
     static void prepare(const int8_t* row, int64_t k, uint8_t* prepared) {
@@ -24,11 +24,11 @@ struct DotAvx512Vnni {
         for (; k % kKGroup != 0; ++k) prepared[k] = 0;
     }
 
-    // finish(r, n, acc[r][n]) for each register of sums. `ahead`: lines for L2, one a group.
+    // finish(r, acc[r]) for each row of sums in registers. `ahead`: lines for L2, one a group.
     template <bool Signed, int R, int N, class Finish>
     __attribute__((always_inline)) static void accumulate(
         const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, const int32_t* sums,
-        const int8_t* ahead, const Finish& finish) {
+        const int8_t* ahead, const Finish finish) {  // a copy: no store can alias what it holds
         const __m512i flip = _mm512_set1_epi8(static_cast<char>(128));
         __m512i acc[R][N];
 #pragma GCC unroll 4
@@ -59,31 +59,18 @@ struct DotAvx512Vnni {
             for (int n = 0; n < N; ++n) asm("" : "+v"(acc[r][n]));  // else GCC 12 spills them in the loop for `finish`
         }
 #pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) finish(r, n, acc[r][n]);
-        }
+        for (int r = 0; r < R; ++r) finish(r, acc[r]);
     }
 
     template <bool Signed, int R, int N>
     static void tile_fixed(
         const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, const int32_t* sums,
         int32_t* out, int64_t out_stride, const int8_t* ahead) {
-        accumulate<Signed, R, N>(a, a_stride, panel, groups, sums, ahead, [&](int r, int n, __m512i acc) {
-            _mm512_storeu_si512(out + r * out_stride + n * kColumns, acc);
-        });
-    }
-
-    template <int R>
-    static void add_fixed(
-        const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, const int32_t* sums,
-        const float* scale, int64_t scale_stride, float* out, const int8_t* ahead) {
-        accumulate<true, R, kTileVectors>(a, a_stride, panel, groups, sums, ahead, [&](int r, int n, __m512i acc) {
-            float* target = out + r * kPanel + n * kColumns;
-            const __m512 row_scale = _mm512_set1_ps(scale[r * scale_stride]);
-            const __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), row_scale, _mm512_loadu_ps(target));
-            _mm512_storeu_ps(target, sum);
-        });
+        const auto store = [=](int r, const __m512i(&acc)[N]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) _mm512_storeu_si512(out + r * out_stride + n * kColumns, acc[n]);
+        };
+        accumulate<Signed, R, N>(a, a_stride, panel, groups, sums, ahead, store);
     }
 
     using Tile = void (*)(
@@ -109,17 +96,25 @@ struct DotAvx512Vnni {
         tile(a, a_stride, panel, groups, sums, out, out_stride, ahead == nullptr ? panel : ahead);
     }
 
-    static void add_tile(
+    template <class Finish>
+    static void finish_tile(
         int rows, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, const int32_t* sums,
-        const float* scale, int64_t scale_stride, float* out, const int8_t* ahead) {
-        using Add = void (*)(
-            const uint8_t*, int64_t, const int8_t*, int64_t, const int32_t*, const float*, int64_t, float*,
-            const int8_t*);
-        static constexpr Add by_rows[kRows] = {
-            add_fixed<1>, add_fixed<2>, add_fixed<3>, add_fixed<4>, add_fixed<5>, add_fixed<6>,
-        };
-        by_rows[rows - 1](
-            a, a_stride, panel, groups, sums, scale, scale_stride, out, ahead == nullptr ? panel : ahead);
+        const int8_t* ahead, const Finish& finish) {
+        const int8_t* lines = ahead == nullptr ? panel : ahead;
+        switch (rows) {
+            case 1:
+                return accumulate<true, 1, kTileVectors>(a, a_stride, panel, groups, sums, lines, finish);
+            case 2:
+                return accumulate<true, 2, kTileVectors>(a, a_stride, panel, groups, sums, lines, finish);
+            case 3:
+                return accumulate<true, 3, kTileVectors>(a, a_stride, panel, groups, sums, lines, finish);
+            case 4:
+                return accumulate<true, 4, kTileVectors>(a, a_stride, panel, groups, sums, lines, finish);
+            case 5:
+                return accumulate<true, 5, kTileVectors>(a, a_stride, panel, groups, sums, lines, finish);
+            default:
+                return accumulate<true, 6, kTileVectors>(a, a_stride, panel, groups, sums, lines, finish);
+        }
     }
 
     // Sixteen rows of 16 groups become 16 groups of 16 rows: a transpose of 4-byte elements.

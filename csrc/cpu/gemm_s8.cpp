@@ -18,6 +18,9 @@ constexpr int64_t kRowBlockBytes = 256 * 1024;
 // fp32 rows of int8_linear_quantize that wait for their maximum, in L2.
 constexpr int64_t kWaitingRowBytes = 384 * 1024;
 
+// Between such rows: a cache line that keeps the rows of a tile, of widths that are powers of two, out of each other's way.
+constexpr int64_t kRowGap = kLineBytes / int64_t{sizeof(float)};
+
 // fp32 rows of int8_linear_qkv that wait for their heads to be whole, in L1 beside a tile's row of weights.
 constexpr int64_t kWaitingTileBytes = 12 * 1024;
 
@@ -90,10 +93,17 @@ void run_gemm_per_token(const Kernels& isa, const GemmTask& t, const Codes& code
         const int64_t first = rows.first(i), last = rows.last(i);
         prepared.load(isa, t, i, first, last);
         GemmTask block = t;
-        float* waiting = static_cast<float*>(scratch(Slot::kTile, (last - first) * g.n * int64_t{sizeof(float)}));
-        block.out = waiting - first * g.n;  // row `first` lands at the start
+        const int64_t count = last - first, stride = g.n + kRowGap, largest_of_row = kLargestLanes * sizeof(int32_t);
+        float* waiting = static_cast<float*>(scratch(Slot::kTile, count * stride * int64_t{sizeof(float)}));
+        int32_t* largest = static_cast<int32_t*>(scratch(Slot::kLargest, count * largest_of_row));
+        std::memset(largest, 0, static_cast<size_t>(count * largest_of_row));
+        block.out = waiting - first * stride;  // row `first` lands at the start
+        block.out_stride = stride;
+        block.largest = largest - first * kLargestLanes;
         for (int64_t p = 0; p < panels; ++p) isa.gemm_panel(block, first, last, p, prepared.rows);
-        const QuantizeRows quantize = {waiting - first * g.n, VQVIT_F32, g.n, nullptr, codes};
+        const QuantizeRows quantize = {
+            waiting - first * stride, VQVIT_F32, stride, g.n, nullptr, codes, largest - first * kLargestLanes,
+        };
         isa.quantize_rows(quantize, first, last);
     };
     parallel_for<PreparedRows>(rows.blocks, macs(g), threads, task);
@@ -153,9 +163,19 @@ void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int thr
         const int64_t last = begin + (values ? out.tokens : rows.last(block));
         prepared.load(isa, t, image * (rows.blocks + 1) + (values ? 0 : whole), first, last);
 
+        GemmTask part = t;
+        if (!values && unit == d) {  // a panel is a head: its rows become codes where they are computed
+            const int64_t head = u % out.heads;
+            const HeadTask codes = out.head(static_cast<int>(u / out.heads), image, head, first - begin, 0, nullptr, 0, 0);
+            part.store = Store::kRowCodes;
+            part.out = codes.codes - first * d;
+            part.out_stride = d;
+            part.scale = codes.scale - first;
+            isa.gemm_panel(part, first, last, u, prepared.rows);
+            return;
+        }
         const int64_t at_once = values ? last - first : std::min(step, last - first);
         float* waiting = static_cast<float*>(scratch(Slot::kTile, at_once * unit * int64_t{sizeof(float)}));
-        GemmTask part = t;
         part.out_stride = unit;
         for (int64_t m = first; m < last; m += at_once) {
             const int64_t end = std::min(m + at_once, last);
@@ -263,7 +283,7 @@ int vqvit_cpu_int8_linear_quantize(
     }
     t.out = scratch(Slot::kTile, g.m * g.n * int64_t{sizeof(float)});
     run_gemm(isa, t, threads);
-    const QuantizeRows quantize = {t.out, VQVIT_F32, g.n, nullptr, out};
+    const QuantizeRows quantize = {t.out, VQVIT_F32, g.n, g.n, nullptr, out, nullptr};
     parallel_rows(g.m, g.n, threads, [&](int64_t first, int64_t last) { isa.quantize_rows(quantize, first, last); });
     return VQVIT_OK;
 }

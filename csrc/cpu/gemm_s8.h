@@ -4,8 +4,10 @@
 //   acc = Σ_g fma(acc_g, α_a[g], acc)     fp32, where each kGroup columns g of a have a scale; then α_a below is 1
 //   y   = act(fma(acc, α_a α_b, bias))    fp32
 //   y   = fma(y, layer_scale, residual)
-//   out = y as int32 / float / static int8 codes
+//   out = y as int32 / float / int8 codes, static or of each row of the panel
 #pragma once
+
+#include <algorithm>
 
 #include "rows.h"
 
@@ -33,6 +35,7 @@ inline void load_columns(const vqvit_gemm& g, int64_t panel, PanelColumns& c) {
     c.count = smaller(g.n - c.first, kPanel);
     copy_columns(c.b_scale, g.b_scale, c);
     copy_columns(c.bias, static_cast<const float*>(g.bias), c);  // a missing bias is zero: fma(acc, scale, 0) = acc · scale
+    if (g.layer_scale == nullptr) std::fill_n(c.layer_scale, kPanel, 1.0f);  // fma(y, 1, residual) = residual + y
     copy_columns(c.layer_scale, static_cast<const float*>(g.layer_scale), c);
     copy_columns(c.b_zero, g.b_zero, c);
     copy_columns(c.b_sum, g.b_sum, c);
@@ -108,6 +111,31 @@ inline void store_static_codes(typename V::F (&y)[N], const GemmTask& t, const P
     if (t.row_sum != nullptr) __atomic_fetch_add(t.row_sum + m, sum_codes(codes, c.count), __ATOMIC_RELAXED);
 }
 
+// The largest magnitudes, as bits, of vectors.
+template <class V, int N>
+inline typename V::I largest_magnitudes(const typename V::F (&y)[N]) {
+    typename V::I largest = magnitude_bits<V>(y[0]);
+    for (int v = 1; v < N; ++v) largest = V::max_i(largest, magnitude_bits<V>(y[v]));
+    return largest;
+}
+
+// Codes of row m with a scale of its own, where the panel is all of it: a head of q or k.
+template <class V, int N>
+inline void store_row_codes(const typename V::F (&y)[N], const GemmTask& t, int64_t m) {
+    const int32_t largest = V::reduce_max_i(largest_magnitudes<V>(y));
+    t.scale[m] = largest < kInfinityBits ? symmetric_scale(from_bits(largest)) : NAN;
+    int8_t* codes = static_cast<int8_t*>(t.out) + m * t.out_stride;
+    const typename V::F scale = V::set(t.scale[m]);
+    for (int v = 0; v < N; ++v) V::store_low_byte(codes + v * V::lanes, to_codes<V>(y[v], scale));
+}
+
+// What `quantize_rows` asks of a row's outputs: their largest magnitudes by lane.
+template <class V, int N>
+inline void keep_largest(const typename V::F (&y)[N], const GemmTask& t, int64_t m) {
+    int32_t* largest = t.largest + m * kLargestLanes;
+    V::store_i(largest, V::max_i(V::load_i(largest), largest_magnitudes<V>(y)));
+}
+
 // The accumulators of row m as fp32, zero points and compensation included. A compensated tile holds the products a b,
 // R_a b, a R_b and R_a R_b one after the other.
 template <class V, int N>
@@ -132,18 +160,26 @@ inline void load_accumulators(
     }
 }
 
+// act(fma(y, α_a α_b, bias)) of a row's sums y.
+template <class V, int Kind>
+inline void dequantize_row(const PanelColumns& c, float a_scale, typename V::F (&y)[kPanel / V::lanes]) {
+    const typename V::F row_scale = V::set(a_scale);
+    for (int v = 0; v < kPanel / V::lanes; ++v) {
+        const typename V::F scale = V::mul(row_scale, V::load(c.b_scale + v * V::lanes));
+        y[v] = activation<V, Kind>(V::fma(y[v], scale, V::load(c.bias + v * V::lanes)));
+    }
+}
+
 // Row m of the output from its sums y: dequantization, activation, residual and store. Plain: floating-point outputs in
 // all columns of the panel.
 template <class V, int Kind, bool Plain>
 inline void finish_row(
     const GemmTask& t, const PanelColumns& c, int64_t m, float a_scale, typename V::F (&y)[kPanel / V::lanes]) {
-    for (int v = 0; v < kPanel / V::lanes; ++v) {
-        const typename V::F scale = V::mul(V::set(a_scale), V::load(c.b_scale + v * V::lanes));
-        y[v] = V::fma(y[v], scale, V::load(c.bias + v * V::lanes));
-        y[v] = activation<V, Kind>(y[v]);
-    }
+    dequantize_row<V, Kind>(c, a_scale, y);
     add_residual<V, Plain>(y, t.gemm, c, m);
     if (!Plain && t.store == Store::kStaticCodes) return store_static_codes<V>(y, t, c, m);
+    if (!Plain && t.store == Store::kRowCodes) return store_row_codes<V>(y, t, m);
+    if (t.largest != nullptr) keep_largest<V>(y, t, m);
     with_dtype(t.dtype, [&](auto dtype) {
         char* out = static_cast<char*>(t.out) + (m * t.out_stride + c.first) * dtype.size;
         for_columns<V, Plain>(c, [&](int v, auto extent) { store_as<V>(out, v * V::lanes, y[v], dtype, extent); });
@@ -172,11 +208,10 @@ void finish_tile(
     });
 }
 
-// Whether the products of a and b alone make floating-point outputs in all columns of the panel.
-inline bool is_plain(const GemmTask& t, const PanelColumns& c) {
+// Whether the products of a and b alone make the outputs, in all columns of the panel.
+inline bool is_whole(const GemmTask& t, const PanelColumns& c) {
     const vqvit_gemm& g = t.gemm;
-    const bool products_alone = t.terms == 0 && g.a_zero == nullptr && g.b_zero == nullptr;
-    return products_alone && t.store == Store::kFloat && c.count == kPanel;
+    return t.terms == 0 && g.a_zero == nullptr && g.b_zero == nullptr && c.count == kPanel;
 }
 
 template <class V>
@@ -188,7 +223,7 @@ inline typename V::F load_plain(const float* sums) {
     return V::load(sums);
 }
 
-// `finish_tile` of products or sums where `is_plain`: the short code gains 3 to 4 % of the whole GEMM on Zen 4.
+// `finish_tile` of products or sums to floating-point outputs where `is_whole`: the short code gains 3 to 4 % of the whole GEMM on Zen 4.
 template <class V, class T>
 void finish_plain_tile(const GemmTask& t, const PanelColumns& c, int64_t first, int rows, const T* tile) {
     with_activation(t.gemm.activation, [&](auto activation_kind) {
@@ -198,6 +233,71 @@ void finish_plain_tile(const GemmTask& t, const PanelColumns& c, int64_t first, 
             const float a_scale = t.gemm.a_groups != 0 ? 1.0f : t.gemm.a_scale[m];
             finish_row<V, activation_kind.kind, true>(t, c, m, a_scale, y);
         }
+    });
+}
+
+// Whether `finish_in_registers` knows what becomes of a panel that `is_whole`.
+inline bool finishes_in_registers(const GemmTask& t) {
+    const vqvit_gemm& g = t.gemm;
+    if (g.a_groups != 0) return false;
+    if (t.store == Store::kRowCodes) return true;
+    if (t.store != Store::kFloat || t.dtype != VQVIT_F32) return false;
+    if (g.residual == nullptr) return g.layer_scale == nullptr;
+    return g.residual_dtype == VQVIT_F32 && g.activation == VQVIT_NONE && t.largest == nullptr;
+}
+
+// A tile that goes from the registers of its sums to its place. By way of a buffer it takes 60 cycles more on Zen 5.
+template <class V, class Dot>
+void finish_in_registers(
+    const GemmTask& t, const PanelColumns& c, int64_t m, int rows, const uint8_t* a, int64_t a_stride,
+    const int8_t* panel, int64_t groups, const int8_t* ahead) {
+    constexpr int kVectors = kPanel / V::lanes;
+    using Sums = const typename V::I (&)[kVectors];
+    const vqvit_gemm& g = t.gemm;
+    const float* a_scale = g.a_scale + m;
+    const auto outputs = [=, &c](int r, Sums sums, typename V::F(&y)[kVectors], auto kind)
+                             __attribute__((always_inline)) {
+        for (int v = 0; v < kVectors; ++v) y[v] = V::to_float(sums[v]);
+        dequantize_row<V, kind.kind>(c, a_scale[r], y);
+    };
+    const auto run = [&](const auto& finish) {
+        Dot::finish_tile(rows, a, a_stride, panel, groups, column_sums(panel, groups), ahead, finish);
+    };
+    using None = Activation<VQVIT_NONE>;
+    if (t.store == Store::kRowCodes) {
+        return run([=, &t](int r, Sums sums) __attribute__((always_inline)) {
+            typename V::F y[kVectors];
+            outputs(r, sums, y, None{});
+            store_row_codes<V>(y, t, m + r);
+        });
+    }
+    const int64_t stride = t.out_stride, residual_stride = g.n;
+    float* out = static_cast<float*>(t.out) + m * stride + c.first;
+    if (g.residual != nullptr) {
+        const float* residual = static_cast<const float*>(g.residual) + m * residual_stride + c.first;
+        for (int r = 0; r < rows; ++r) {  // both come from memory when batches are large: 4 to 8 % of such layers
+            for (int64_t n = 0; n < kPanel; n += kLineBytes / int64_t{sizeof(float)}) {
+                __builtin_prefetch(residual + r * residual_stride + n);
+                __builtin_prefetch(out + r * stride + n, 1);
+            }
+        }
+        return run([=, &c](int r, Sums sums) __attribute__((always_inline)) {
+            typename V::F y[kVectors];
+            outputs(r, sums, y, None{});
+            for (int v = 0; v < kVectors; ++v) {
+                const typename V::F base = V::load(residual + r * residual_stride + v * V::lanes);
+                y[v] = V::fma(y[v], V::load(c.layer_scale + v * V::lanes), base);
+                V::store(out + r * stride + v * V::lanes, y[v]);
+            }
+        });
+    }
+    with_activation(g.activation, [&](auto kind) {
+        run([=, &t](int r, Sums sums) __attribute__((always_inline)) {
+            typename V::F y[kVectors];
+            outputs(r, sums, y, kind);
+            for (int v = 0; v < kVectors; ++v) V::store(out + r * stride + v * V::lanes, y[v]);
+            if (t.largest != nullptr) keep_largest<V>(y, t, m + r);
+        });
     });
 }
 
@@ -238,9 +338,16 @@ void add_groups(
         const int64_t groups = ceil_div(smaller(g.k - i * kGroup, kGroup), kKGroup);
         const int32_t* group_sums = sums == nullptr ? nullptr : sums + i * kPanel;
         const float* scale_of_rows = g.a_scale + m * scales + i;
-        if constexpr (Dot::kAddsTiles) {
+        if constexpr (Dot::kFinishesTiles) {
             const int8_t* lines = ahead == nullptr ? nullptr : ahead + i * (kGroup / kKGroup) * kLineBytes;
-            Dot::add_tile(rows, a, a_stride, panel, groups, group_sums, scale_of_rows, scales, out, lines);
+            const auto add = [=](int r, const typename V::I(&sums)[kPanel / V::lanes]) __attribute__((always_inline)) {
+                const typename V::F scale = V::set(scale_of_rows[r * scales]);
+                float* row = out + r * kPanel;
+                for (int v = 0; v < kPanel / V::lanes; ++v, row += V::lanes) {
+                    V::store(row, V::fma(V::to_float(sums[v]), scale, V::load(row)));
+                }
+            };
+            Dot::finish_tile(rows, a, a_stride, panel, groups, group_sums, lines, add);
             continue;
         }
         Dot::tile(rows, kTileVectors, a, a_stride, panel, groups, group_sums, acc, kPanel);
@@ -267,7 +374,8 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
     alignas(64) int32_t products[4 * kTile];
     alignas(64) float sums[kTile];
     if (t.terms != 0) std::memset(products, 0, sizeof products);
-    const bool grouped = t.gemm.a_groups != 0, plain = is_plain(t, columns);
+    const bool grouped = t.gemm.a_groups != 0, whole = is_whole(t, columns);
+    const bool plain = whole && t.store == Store::kFloat, direct = whole && finishes_in_registers(t);
     const int32_t* group_sums = grouped ? group_column_sums<Dot>(t.panels + offset, t.gemm.k) : nullptr;
 
     // The next panel of b goes to L2, a part with each tile: at batch 1 it comes from memory.
@@ -290,6 +398,13 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
                 finish_tile<V>(t, columns, m, count, products, kTile, sums);
             }
             continue;
+        }
+        if constexpr (Dot::kFinishesTiles) {
+            if (direct) {
+                const int8_t* b = t.panels + offset;
+                finish_in_registers<V, Dot>(t, columns, m, count, at.a, at.stride, b, groups, next_panel(b, tile));
+                continue;
+            }
         }
         const uint8_t* a_residual = rows.a_residual == nullptr ? nullptr : rows.a_residual + (m - first) * at.stride;
         const uint8_t* left[4] = {at.a, a_residual, at.a, a_residual};

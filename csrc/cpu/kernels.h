@@ -38,11 +38,12 @@ struct Codes {
 };
 
 struct QuantizeRows {
-    const void* x;  // (rows, k) of dtype
+    const void* x;  // (rows, k) of dtype, rows x_stride apart
     int dtype;
-    int64_t k;
+    int64_t x_stride, k;
     const float* equalizer;  // (k) or NULL
     Codes out;
+    const int32_t* largest;  // (rows, kLargestLanes) of fp32 x without an equalizer: magnitudes as bits, or NULL
 };
 
 // Each kGroup columns of a row with a scale of their own.
@@ -88,7 +89,9 @@ struct Patchify {
     Codes out;
 };
 
-enum class Store { kInt32, kFloat, kStaticCodes };
+enum class Store { kInt32, kFloat, kStaticCodes, kRowCodes };
+
+constexpr int kLargestLanes = 16;  // of a row's largest magnitudes: the most that a vector has
 
 // A GEMM whose weights are packed panels, and where its tiles go.
 struct GemmTask {
@@ -104,7 +107,9 @@ struct GemmTask {
     int64_t out_stride;
     const float* static_scale;  // kStaticCodes
     float* scale;               // kStaticCodes: holds *static_scale before the tiles run; poisoned rows become NaN
+                                // kRowCodes: (m), written
     int32_t* row_sum;           // kStaticCodes: zeroed before the tiles run, or NULL
+    int32_t* largest;  // kFloat: (m, kLargestLanes) magnitudes as bits, zeroed before the tiles run, or NULL
 };
 
 // Codes of one head of q or k (a scale per token) or of v (a scale per channel).

@@ -12,8 +12,13 @@ void quantize_rows(const QuantizeRows& t, int64_t first, int64_t last) {
     with_dtype(t.dtype, [&](auto dtype) {
         const char* x = static_cast<const char*>(t.x);
         for (int64_t m = first; m < last; ++m) {
-            const Row row = read_row<V>(x + m * t.k * dtype.size, dtype, t.k, t.equalizer, buffer);
-            quantize_row<V>(row, t.k, t.out, m);
+            const char* source = x + m * t.x_stride * dtype.size;
+            if (t.largest == nullptr) {
+                quantize_row<V>(read_row<V>(source, dtype, t.k, t.equalizer, buffer), t.k, t.out, m);
+                continue;
+            }
+            const int32_t largest = V::reduce_max_i(V::load_i(t.largest + m * kLargestLanes));
+            quantize_row<V>(Row{reinterpret_cast<const float*>(source), largest}, t.k, t.out, m);
         }
     });
 }

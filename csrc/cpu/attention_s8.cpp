@@ -16,17 +16,17 @@ extern "C" int vqvit_cpu_int8_attention(
     const AttentionTask task = {
         q, k, v, q_scale, k_scale, v_scale, logit_scale, heads, queries, keys, head_dim, out, dtype,
     };
-    // Every task packs the keys and values of its head again, so a head is cut only where heads leave threads idle.
-    constexpr int64_t kTasksPerThread = 4;
+    // A thread packs the keys and values of a head once, so heads are cut only where whole ones leave threads idle.
+    constexpr int64_t kTasksPerThread = 16;
     const int64_t tiles = ceil_div(queries, isa.tile_rows);
     const int64_t wanted = ceil_div(threads * kTasksPerThread, batch * heads);
-    const int64_t blocks = batch * heads >= 2 * threads ? 1 : std::min(tiles, wanted);
+    const int64_t blocks = batch * heads % threads == 0 ? 1 : std::min(tiles, wanted);
     const int64_t work = batch * heads * queries * keys * (2 * head_dim + kRowOperations);
-    parallel_for<Stateless>(batch * heads * blocks, work, threads, [&](Stateless&, int64_t i) {
+    parallel_for<LoadedHead>(batch * heads * blocks, work, threads, [&](LoadedHead& loaded, int64_t i) {
         const int64_t head = i / blocks, block = i % blocks;
         const int64_t first = block_start(block, blocks, tiles) * isa.tile_rows;
         const int64_t last = std::min(block_start(block + 1, blocks, tiles) * isa.tile_rows, queries);
-        isa.attention_head(task, head / heads, head % heads, first, last);
+        isa.attention_head(task, head / heads, head % heads, first, last, loaded);
     });
     return VQVIT_OK;
 }

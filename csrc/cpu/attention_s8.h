@@ -18,7 +18,6 @@ struct HeadScratch {
     int8_t* k;            // panels of k, (keys, head_dim)
     int8_t* v;            // panels of vᵀ, (head_dim, keys)
     float* k_scale;       // (key_columns), zero beyond the keys
-    float k_scale_absmax;
     uint8_t* q;           // (kRows) prepared rows of q
     int32_t* logits;      // (kRows, key_columns): accumulators, then fp32 logits
     uint8_t* digits;      // (2, kRows, key_columns): high digits of the numerators, then low ones
@@ -57,9 +56,9 @@ struct HeadScratch {
     }
 };
 
-// The head's keys, values and key scales into `s`. Returns whether all key scales are finite.
+// The keys, values and key scales of head `bh` into `s`.
 template <class V, class Dot>
-bool load_head(const AttentionTask& t, int64_t bh, HeadScratch& s) {
+LoadedHead load_head(const AttentionTask& t, int64_t bh, HeadScratch& s) {
     const int64_t d = t.head_dim;
     const int8_t* k = t.k + bh * t.keys * d;
     for (int64_t j = 0; j < t.keys; j += kPanel) {
@@ -72,48 +71,89 @@ bool load_head(const AttentionTask& t, int64_t bh, HeadScratch& s) {
     const Row k_scale = read_row<V>(t.k_scale + bh * t.keys, Dtype<VQVIT_F32>{}, t.keys, nullptr, nullptr);
     std::memset(s.k_scale, 0, static_cast<size_t>(s.key_columns) * sizeof(float));
     std::memcpy(s.k_scale, k_scale.x, static_cast<size_t>(t.keys) * sizeof(float));
-    s.k_scale_absmax = from_bits(k_scale.absmax_bits);
-    return k_scale.finite();
+    return {bh, k_scale.finite(), from_bits(k_scale.absmax_bits)};
 }
 
-// acc to logits, in place; returns their maximum, or NaN if a logit is NaN or the maximum is not finite: then every
-// numerator of the row is NaN.
-template <class V>
-float logits_row(int32_t* acc, const HeadScratch& s, int64_t keys, float row_factor) {
-    float* logits = reinterpret_cast<float*>(acc);
-    const typename V::F factor = V::set(row_factor), lowest = V::set(-INFINITY);
-    typename V::F largest = lowest;
-    for_vectors<V>(keys, [&](int64_t j, auto extent) {
-        const typename V::F scale = V::mul(factor, V::load(s.k_scale + j));
-        const typename V::F l = keep_or<V>(V::mul(scale, V::to_float(V::load_i(acc + j))), extent, lowest);
-        V::store(logits + j, l);
-        largest = V::max(l, largest);
-    });
-    const float top = V::reduce_max(largest);
-    if (!std::isfinite(top)) return NAN;
-    if (!std::isfinite(row_factor * s.k_scale_absmax)) {  // a factor overflows, so Inf · 0 = NaN is possible
-        for (int64_t j = 0; j < keys; ++j) {
-            if (std::isnan(logits[j])) return NAN;
+// The logits of a tile's rows, in `HeadScratch::logits`, and what is known of them.
+template <class V, int Rows>
+struct LogitRows {
+    float factor[Rows];                       // α_q sm_scale log2 e
+    alignas(64) float largest[Rows][V::lanes];  // by lane
+
+    LogitRows(const float* q_scale, float logit_scale, int rows) {
+        for (int r = 0; r < rows; ++r) {
+            factor[r] = q_scale[r] * logit_scale;
+            V::store(largest[r], V::set(-INFINITY));
         }
     }
-    return top;
-}
 
-// The digits of e_j = rne(65535 · 2^(logits[j] - top)), zero up to a whole vector; returns Σ e_j.
+    // Row r's accumulators of a whole panel of keys, from registers. Their scales are at k_scale.
+    template <int N>
+    __attribute__((always_inline)) void add_panel(
+        int r, const typename V::I (&acc)[N], const float* k_scale, float* logits) {
+        const typename V::F row_factor = V::set(factor[r]);
+        typename V::F most = V::load(largest[r]);
+        for (int v = 0; v < N; ++v) {
+            const typename V::F scale = V::mul(row_factor, V::load(k_scale + v * V::lanes));
+            const typename V::F l = V::mul(scale, V::to_float(acc[v]));
+            V::store(logits + v * V::lanes, l);
+            most = V::max(l, most);
+        }
+        V::store(largest[r], most);
+    }
+
+    // Row r's accumulators of `keys` keys, in place.
+    void add(int r, int32_t* acc, const float* k_scale, int64_t keys) {
+        float* logits = reinterpret_cast<float*>(acc);
+        const typename V::F row_factor = V::set(factor[r]), lowest = V::set(-INFINITY);
+        typename V::F most = V::load(largest[r]);
+        for_vectors<V>(keys, [&](int64_t j, auto extent) {
+            const typename V::F scale = V::mul(row_factor, V::load(k_scale + j));
+            const typename V::F l = keep_or<V>(V::mul(scale, V::to_float(V::load_i(acc + j))), extent, lowest);
+            V::store(logits + j, l);
+            most = V::max(l, most);
+        });
+        V::store(largest[r], most);
+    }
+
+    // The largest logit of row r, or NaN if a logit is NaN or the largest is not finite: then every numerator is NaN.
+    float top(int r, const HeadScratch& s, float k_scale_absmax, int64_t keys) const {
+        const float top = V::reduce_max(V::load(largest[r]));
+        if (!std::isfinite(top) || !std::isfinite(factor[r])) return NAN;
+        if (!std::isfinite(factor[r] * k_scale_absmax)) {  // a factor overflows, so Inf · 0 = NaN is possible
+            const float* logits = reinterpret_cast<const float*>(s.logits + r * s.key_columns);
+            for (int64_t j = 0; j < keys; ++j) {
+                if (std::isnan(logits[j])) return NAN;
+            }
+        }
+        return top;
+    }
+};
+
+// The digits of e_j = rne(65535 · 2^(logits[j] - top)), zero up to a whole vector; returns Σ e_j by lane.
 template <class V>
-int32_t numerators_row(const int32_t* acc, int64_t keys, float top, uint8_t* high, uint8_t* low) {
+typename V::I numerators_row(const int32_t* acc, int64_t keys, float top, uint8_t* high, uint8_t* low) {
     const float* logits = reinterpret_cast<const float*>(acc);
     const typename V::F reference = V::set(top);
-    typename V::I total = V::set_i(0);
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < keys; j += V::lanes) {
+    const auto numerators = [=](int64_t j) __attribute__((always_inline)) {
         const typename V::F power = exp2<V>(V::sub(V::load(logits + j), reference));
-        const typename V::I e = V::to_int(V::mul(power, V::set(kPSteps)));
+        return V::to_int(V::mul(power, V::set(kPSteps)));
+    };
+    typename V::I total = V::set_i(0);
+    int64_t j = 0;
+    for (; j + 3 * V::lanes < keys; j += 4 * V::lanes) {
+        typename V::I e[4];
+        for (int v = 0; v < 4; ++v) e[v] = numerators(j + v * V::lanes);
+        for (int v = 0; v < 4; ++v) total = V::add_i(total, e[v]);
+        V::store_digits(high + j, low + j, e);
+    }
+    for (; j < keys; j += V::lanes) {
+        const typename V::I e = numerators(j);
         V::store_low_byte(high + j, V::shift_right_8(e));
         V::store_low_byte(low + j, e);
         total = V::add_i(total, e);
     }
-    return V::reduce_add_i(total);
+    return total;
 }
 
 // Channels [d0, d0 + 64) of one query from the accumulators of its digits.
@@ -133,47 +173,65 @@ void store_head_row(
 }
 
 template <class V, class Dot>
-void attention_head(const AttentionTask& t, int64_t batch, int64_t head, int64_t first, int64_t last) {
+void attention_head(
+    const AttentionTask& t, int64_t batch, int64_t head, int64_t first, int64_t last, LoadedHead& loaded) {
     const int64_t bh = batch * t.heads + head, d = t.head_dim, q_groups = ceil_div(d, kKGroup);
     HeadScratch s(t, Dot::kRows, Dot::kGroupBytes);
-    const int64_t q_stride = q_groups * Dot::kGroupBytes;
+    const bool as_they_are = Dot::kReadsS8 && d % kKGroup == 0;
+    const int64_t q_stride = as_they_are ? d : q_groups * Dot::kGroupBytes;
     const int64_t p_stride = Dot::kReadsU8 ? s.key_columns : s.value_groups * Dot::kGroupBytes;
     const uint8_t* p = Dot::kReadsU8 ? s.digits : s.p;
-    const bool finite_keys = load_head<V, Dot>(t, bh, s);
+    if (loaded.index != bh) loaded = load_head<V, Dot>(t, bh, s);
 
     const int64_t out_stride = t.heads * d * dtype_size(t.dtype);
     char* out = static_cast<char*>(t.out) + batch * t.queries * out_stride + head * d * dtype_size(t.dtype);
     for (int64_t i = first; i < last; i += Dot::kRows) {
         const int rows = static_cast<int>(smaller(last - i, Dot::kRows));
 
-        // Logit accumulators q kᵀ.
-        const int8_t* q = t.q + (bh * t.queries + i) * d;
-        for (int r = 0; r < rows; ++r) Dot::prepare(q + r * d, d, s.q + r * q_stride);
+        // Logits q kᵀ.
+        const int8_t* codes = t.q + (bh * t.queries + i) * d;
+        const uint8_t* q = as_they_are ? reinterpret_cast<const uint8_t*>(codes) : s.q;
+        for (int r = 0; r < rows && !as_they_are; ++r) Dot::prepare(codes + r * d, d, s.q + r * q_stride);
+        LogitRows<V, Dot::kRows> logits(t.q_scale + bh * t.queries + i, t.logit_scale, rows);
         for (int64_t j = 0; j < t.keys; j += kPanel) {
             const int8_t* panel = s.k + j / kPanel * panel_bytes(d);
             const int32_t* sums = column_sums(panel, q_groups);
-            Dot::tile(
-                rows, tile_vectors(t.keys - j), s.q, q_stride, panel, q_groups, sums, s.logits + j, s.key_columns);
+            int32_t* acc = s.logits + j;
+            const float* k_scale = s.k_scale + j;
+            if constexpr (Dot::kFinishesTiles) {
+                if (j + kPanel <= t.keys) {
+                    float* target = reinterpret_cast<float*>(acc);
+                    const int64_t stride = s.key_columns;
+                    Dot::finish_tile(
+                        rows, q, q_stride, panel, q_groups, sums, nullptr,
+                        [=, &logits](int r, const typename V::I(&row)[kPanel / V::lanes])
+                            __attribute__((always_inline)) { logits.add_panel(r, row, k_scale, target + r * stride); });
+                    continue;
+                }
+            }
+            Dot::tile(rows, tile_vectors(t.keys - j), q, q_stride, panel, q_groups, sums, acc, s.key_columns);
+            const int64_t count = smaller(t.keys - j, kPanel);
+            for (int r = 0; r < rows; ++r) logits.add(r, acc + r * s.key_columns, k_scale, count);
         }
 
         // Softmax numerators. A scale that is not finite poisons its query, or every query if it is a key's.
         float top[Dot::kRows], total[Dot::kRows];
+        typename V::I totals[Dot::kRows];
         for (int r = 0; r < rows; ++r) {
-            const float row_factor = t.q_scale[bh * t.queries + i + r] * t.logit_scale;
-            top[r] = logits_row<V>(s.logits + r * s.key_columns, s, t.keys, row_factor);
-            if (!finite_keys || !std::isfinite(row_factor)) top[r] = NAN;
+            top[r] = loaded.finite_keys ? logits.top(r, s, loaded.k_scale_absmax, t.keys) : NAN;
         }
         for (int r = 0; r < rows; ++r) {
+            if (std::isnan(top[r])) continue;  // its outputs are NaN, whatever digits an earlier row left here
             uint8_t* high = s.digits + r * s.key_columns;
             uint8_t* low = high + Dot::kRows * s.key_columns;
-            total[r] = NAN;
-            if (std::isnan(top[r])) continue;  // its outputs are NaN, whatever digits an earlier row left here
-            const int32_t* logits = s.logits + r * s.key_columns;
-            total[r] = static_cast<float>(numerators_row<V>(logits, t.keys, top[r], high, low));
+            totals[r] = numerators_row<V>(s.logits + r * s.key_columns, t.keys, top[r], high, low);
             if constexpr (!Dot::kReadsU8) {
                 Dot::prepare(high, t.keys, s.p + r * p_stride);
                 Dot::prepare(low, t.keys, s.p + (Dot::kRows + r) * p_stride);
             }
+        }
+        for (int r = 0; r < rows; ++r) {
+            total[r] = std::isnan(top[r]) ? NAN : static_cast<float>(V::reduce_add_i(totals[r]));
         }
 
         // p v, normalised.

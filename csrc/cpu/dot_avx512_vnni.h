@@ -96,8 +96,9 @@ struct DotAvx512Vnni {
         tile(a, a_stride, panel, groups, sums, out, out_stride, ahead == nullptr ? panel : ahead);
     }
 
+    // Inlined into a large function, its loops would spill.
     template <class Finish>
-    static void finish_tile(
+    __attribute__((noinline)) static void finish_tile(
         int rows, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, const int32_t* sums,
         const int8_t* ahead, const Finish& finish) {
         const int8_t* lines = ahead == nullptr ? panel : ahead;

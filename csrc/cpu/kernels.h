@@ -147,6 +147,13 @@ struct AttentionTask {
     int dtype;
 };
 
+// The head whose keys and values lie in this thread's scratch; -1: none of this call's.
+struct LoadedHead {
+    int64_t index = -1;  // batch · heads + head
+    bool finite_keys = false;
+    float k_scale_absmax = 0.0f;
+};
+
 // Rows of a, and of its residual if compensated, as the tiles of an instruction set read them.
 struct TileRows {
     const uint8_t* a;
@@ -175,7 +182,8 @@ struct Kernels {
 
     void (*quantize_head)(const HeadTask&);
     // Queries [first, last) of one head.
-    void (*attention_head)(const AttentionTask&, int64_t batch, int64_t head, int64_t first, int64_t last);
+    void (*attention_head)(
+        const AttentionTask&, int64_t batch, int64_t head, int64_t first, int64_t last, LoadedHead& loaded);
 };
 
 extern const Kernels kScalarKernels;

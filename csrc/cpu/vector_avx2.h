@@ -33,6 +33,12 @@ struct Avx2 {
         const __m128i eight = _mm_unpacklo_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1));
         _mm_storel_epi64(static_cast<__m128i*>(p), eight);
     }
+    static void store_digits(uint8_t* high, uint8_t* low, const I (&v)[4]) {
+        for (int i = 0; i < 4; ++i) {
+            store_low_byte(high + i * lanes, shift_right_8(v[i]));
+            store_low_byte(low + i * lanes, v[i]);
+        }
+    }
     static void store_f16(uint16_t* p, F v) {
         store_128(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
@@ -52,6 +58,10 @@ struct Avx2 {
     static F min(F a, F b) { return _mm256_min_ps(a, b); }
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
 
+    static F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F mul_pow2(F v, F n) {
+        return mul(v, from_bits(_mm256_slli_epi32(add_i(to_int(n), set_i(127)), 23)));
+    }
     static I to_int(F v) { return _mm256_cvtps_epi32(v); }
     static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
     static I bits(F v) { return _mm256_castps_si256(v); }
@@ -63,7 +73,6 @@ struct Avx2 {
     static I min_i(I a, I b) { return _mm256_min_epi32(a, b); }
     static I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
     static I shift_right_8(I v) { return _mm256_srli_epi32(v, 8); }
-    static I shift_left_23(I v) { return _mm256_slli_epi32(v, 23); }
 
     static F first_or(F v, int n, F other) {
         const I index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

@@ -29,6 +29,16 @@ struct Avx512 {
     static void store_low_byte(void* p, I v) {
         _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
     }
+    // 4 · lanes u16 as their high and their low bytes.
+    static void store_digits(uint8_t* high, uint8_t* low, const I (&v)[4]) {
+        const I low_byte = _mm512_set1_epi16(255);
+        const I in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const I a = _mm512_packus_epi32(v[0], v[1]), b = _mm512_packus_epi32(v[2], v[3]);
+        const I highs = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+        const I lows = _mm512_packus_epi16(_mm512_and_si512(a, low_byte), _mm512_and_si512(b, low_byte));
+        _mm512_storeu_si512(high, _mm512_permutexvar_epi32(in_order, highs));
+        _mm512_storeu_si512(low, _mm512_permutexvar_epi32(in_order, lows));
+    }
     static void store_f16(uint16_t* p, F v) {
         store_256(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
@@ -47,6 +57,8 @@ struct Avx512 {
     static F min(F a, F b) { return _mm512_min_ps(a, b); }
     static F max(F a, F b) { return _mm512_max_ps(a, b); }
 
+    static F round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // rne
+    static F mul_pow2(F v, F n) { return _mm512_scalef_ps(v, n); }  // v · 2^n for whole n from -126 to 127
     static I to_int(F v) { return _mm512_cvtps_epi32(v); }  // rne; NaN gives INT32_MIN
     static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
     static I bits(F v) { return _mm512_castps_si512(v); }
@@ -58,7 +70,6 @@ struct Avx512 {
     static I min_i(I a, I b) { return _mm512_min_epi32(a, b); }
     static I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
     static I shift_right_8(I v) { return _mm512_srli_epi32(v, 8); }
-    static I shift_left_23(I v) { return _mm512_slli_epi32(v, 23); }
 
     // The first n lanes of v, then those of `other`; n >= 1.
     static F first_or(F v, int n, F other) {

@@ -30,6 +30,12 @@ struct Scalar {
     static void store(float* p, F v) { *p = v; }
     static void store_i(int32_t* p, I v) { *p = v; }
     static void store_low_byte(void* p, I v) { *static_cast<uint8_t*>(p) = static_cast<uint8_t>(v); }
+    static void store_digits(uint8_t* high, uint8_t* low, const I (&v)[4]) {
+        for (int i = 0; i < 4; ++i) {
+            store_low_byte(high + i * lanes, shift_right_8(v[i]));
+            store_low_byte(low + i * lanes, v[i]);
+        }
+    }
     static void store_bf16(uint16_t* p, F v) {
         const uint32_t b = static_cast<uint32_t>(bits(v));
         *p = v != v ? 0x7fc0 : static_cast<uint16_t>((b + 0x7fffu + (b >> 16 & 1u)) >> 16);
@@ -57,6 +63,8 @@ struct Scalar {
     static F min(F a, F b) { return a < b ? a : b; }  // b if either is NaN
     static F max(F a, F b) { return a > b ? a : b; }  // b if either is NaN
 
+    static F round(F v) { return to_float(to_int(v)); }
+    static F mul_pow2(F v, F n) { return v * from_bits(static_cast<I>(static_cast<uint32_t>(to_int(n) + 127) << 23)); }
     static I to_int(F v) {  // rne; NaN and out of range give INT32_MIN, as cvtps2dq does
         return v >= -0x1p31f && v < 0x1p31f ? static_cast<I>(std::lrintf(v)) : INT32_MIN;
     }
@@ -79,7 +87,6 @@ struct Scalar {
     static I min_i(I a, I b) { return a < b ? a : b; }
     static I max_i(I a, I b) { return a > b ? a : b; }
     static I shift_right_8(I v) { return static_cast<I>(static_cast<uint32_t>(v) >> 8); }
-    static I shift_left_23(I v) { return static_cast<I>(static_cast<uint32_t>(v) << 23); }
 
     static F first_or(F v, int n, F other) { return n >= 1 ? v : other; }
 

@@ -25,9 +25,8 @@ inline typename V::F polynomial(typename V::F x, const float (&c)[N]) {
 template <class V>
 inline typename V::F exp2(typename V::F x) {
     x = V::max(V::set(kExp2Min), x);
-    const typename V::I n = V::to_int(x);
-    const typename V::F power = V::from_bits(V::shift_left_23(V::add_i(n, V::set_i(127))));
-    return V::mul(polynomial<V>(V::sub(x, V::to_float(n)), kExp2), power);
+    const typename V::F n = V::round(x);
+    return V::mul_pow2(polynomial<V>(V::sub(x, n), kExp2), n);
 }
 
 // 1 / (1 + 2^(-x log2 e)).

@@ -1,4 +1,4 @@
-// (Residual add, then) LayerNorm of rows, then codes, in one pass over each row while it is in L1.
+// (Residual add, then) LayerNorm of rows, then codes, a few rows at a time while they are in L1.
 #pragma once
 
 #include "rows.h"
@@ -6,16 +6,22 @@
 namespace vqvit {
 namespace {
 
+template <class V>
+float mean_of(const Row& row, int64_t k) {
+    return row.finite() ? row_mean<V>(row.x, k, grid_exponent(row.absmax_bits)) : NAN;
+}
+
+// 1 / sqrt(var + ε), or the paper's 1 / (sd + ε).
+template <class V>
+float inverse_spread(const Row& row, float mean, const LayerNormRows& t) {
+    if (!row.finite()) return NAN;
+    const float variance = row_variance<V>(row.x, t.k, mean, grid_exponent(row.absmax_bits));
+    return 1.0f / (t.paper ? std::sqrt(variance) + t.eps : std::sqrt(variance + t.eps));
+}
+
 // y = fma((x - mean) · rstd, weight, bias); a row with NaN or Inf becomes NaN. y may be row.x.
 template <class V>
-Row normalize_row(const Row& row, const LayerNormRows& t, float* y) {
-    float mean = NAN, rstd = NAN;
-    if (row.finite()) {
-        const int exponent = grid_exponent(row.absmax_bits);
-        mean = row_mean<V>(row.x, t.k, exponent);
-        const float variance = row_variance<V>(row.x, t.k, mean, exponent);
-        rstd = 1.0f / (t.paper ? std::sqrt(variance) + t.eps : std::sqrt(variance + t.eps));
-    }
+Row normalize_row(const Row& row, float mean, float rstd, const LayerNormRows& t, float* y) {
     const typename V::F center = V::set(mean), factor = V::set(rstd);
     typename V::I largest = V::set_i(0);
     for_vectors<V>(t.k, [&](int64_t i, auto extent) {
@@ -50,17 +56,25 @@ Row add_residual_row(const float* x, const LayerNormRows& t, Dtype<D> dtype, int
 
 template <class V>
 void layernorm_rows(const LayerNormRows& t, int64_t first, int64_t last) {
-    float* buffer = row_scratch(t.k);
+    float* buffer = row_scratch(t.k, kRowsAtOnce);
+    const int64_t stride = padded_length(t.k);
     with_dtype(t.dtype, [&](auto dtype) {
         const char* x = static_cast<const char*>(t.x);
-        for (int64_t m = first; m < last; ++m) {
-            Row row = read_row<V>(x + m * t.k * dtype.size, dtype, t.k, nullptr, buffer);
-            if (t.residual != nullptr) {
+        for (int64_t m = first; m < last; m += kRowsAtOnce) {
+            const int rows = static_cast<int>(smaller(last - m, kRowsAtOnce));
+            Row row[kRowsAtOnce];
+            float mean[kRowsAtOnce], rstd[kRowsAtOnce];
+            for (int r = 0; r < rows; ++r) {
+                row[r] = read_row<V>(x + (m + r) * t.k * dtype.size, dtype, t.k, nullptr, buffer + r * stride);
+                if (t.residual == nullptr) continue;
                 with_dtype(t.residual_dtype, [&](auto residual_dtype) {
-                    row = add_residual_row<V>(row.x, t, residual_dtype, m, buffer);
+                    row[r] = add_residual_row<V>(row[r].x, t, residual_dtype, m + r, buffer + r * stride);
                 });
             }
-            quantize_row<V>(normalize_row<V>(row, t, buffer), t.k, t.out, m);
+            for (int r = 0; r < rows; ++r) mean[r] = mean_of<V>(row[r], t.k);
+            for (int r = 0; r < rows; ++r) rstd[r] = inverse_spread<V>(row[r], mean[r], t);
+            for (int r = 0; r < rows; ++r) row[r] = normalize_row<V>(row[r], mean[r], rstd[r], t, buffer + r * stride);
+            for (int r = 0; r < rows; ++r) quantize_row<V>(row[r], t.k, t.out, m + r);
         }
     });
 }

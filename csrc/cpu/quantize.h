@@ -8,17 +8,23 @@ namespace {
 
 template <class V>
 void quantize_rows(const QuantizeRows& t, int64_t first, int64_t last) {
-    float* buffer = row_scratch(t.k);
+    float* buffer = row_scratch(t.k, kRowsAtOnce);
+    const int64_t stride = padded_length(t.k);
     with_dtype(t.dtype, [&](auto dtype) {
         const char* x = static_cast<const char*>(t.x);
-        for (int64_t m = first; m < last; ++m) {
-            const char* source = x + m * t.x_stride * dtype.size;
-            if (t.largest == nullptr) {
-                quantize_row<V>(read_row<V>(source, dtype, t.k, t.equalizer, buffer), t.k, t.out, m);
-                continue;
+        for (int64_t m = first; m < last; m += kRowsAtOnce) {
+            const int rows = static_cast<int>(smaller(last - m, kRowsAtOnce));
+            Row row[kRowsAtOnce];
+            for (int r = 0; r < rows; ++r) {
+                const char* source = x + (m + r) * t.x_stride * dtype.size;
+                if (t.largest == nullptr) {
+                    row[r] = read_row<V>(source, dtype, t.k, t.equalizer, buffer + r * stride);
+                    continue;
+                }
+                const int32_t largest = V::reduce_max_i(V::load_i(t.largest + (m + r) * kLargestLanes));
+                row[r] = Row{reinterpret_cast<const float*>(source), largest};
             }
-            const int32_t largest = V::reduce_max_i(V::load_i(t.largest + m * kLargestLanes));
-            quantize_row<V>(Row{reinterpret_cast<const float*>(source), largest}, t.k, t.out, m);
+            for (int r = 0; r < rows; ++r) quantize_row<V>(row[r], t.k, t.out, m + r);
         }
     });
 }

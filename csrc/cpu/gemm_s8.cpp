@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kRowBlockBytes = 256 * 1024;
 
 // fp32 rows of int8_linear_quantize that wait for their maximum, in L2.
-constexpr int64_t kWaitingRowBytes = 384 * 1024;
+constexpr int64_t kWaitingRowBytes = 640 * 1024;
 
 // Between such rows: a cache line that keeps the rows of a tile, of widths that are powers of two, out of each other's way.
 constexpr int64_t kRowGap = kLineBytes / int64_t{sizeof(float)};
@@ -31,20 +31,33 @@ int64_t row_bytes(const Kernels& isa, int64_t k) { return ceil_div(k, kKGroup) *
 
 int64_t macs(const vqvit_gemm& g) { return g.m * g.n * g.k; }
 
-// Rows cut into blocks of whole tiles.
+// Rows cut into blocks. Whole tiles, but for the last of a share: threads get as many rows each, to the row.
 struct RowBlocks {
-    int64_t rows, tile_rows, tiles, blocks;
+    int64_t rows, tile_rows, shares = 1, blocks;
 
     RowBlocks(int64_t rows, int64_t tile_rows, int64_t at_least, int64_t bytes_per_row, int64_t block_bytes)
-        : rows(rows), tile_rows(tile_rows), tiles(ceil_div(rows, tile_rows)) {
+        : rows(rows), tile_rows(tile_rows) {
         const int64_t fitting = std::max<int64_t>(block_bytes / (bytes_per_row * tile_rows), 1);
-        blocks = std::min(std::max(ceil_div(tiles, fitting), at_least), tiles);
+        blocks = std::min(std::max(ceil_div(tiles(), fitting), at_least), tiles());
     }
-    // As many blocks for each thread.
-    void share_evenly(int threads) { blocks = std::min(round_up(blocks, threads), tiles); }
+    // As many blocks for each thread, if each gets a few tiles.
+    void share_evenly(int threads) {
+        constexpr int64_t kTilesPerThread = 4;
+        if (tiles() < threads * kTilesPerThread) {
+            blocks = std::min(round_up(blocks, threads), tiles());
+            return;
+        }
+        shares = threads;
+        blocks = round_up(blocks, threads);
+    }
 
-    int64_t first(int64_t i) const { return block_start(i, blocks, tiles) * tile_rows; }
-    int64_t last(int64_t i) const { return std::min(first(i + 1), rows); }
+    int64_t tiles() const { return ceil_div(rows, tile_rows); }
+    int64_t first(int64_t i) const {
+        const int64_t per_share = blocks / shares, share = i / per_share;
+        const int64_t begin = block_start(share, shares, rows), end = block_start(share + 1, shares, rows);
+        return begin + block_start(i % per_share, per_share, ceil_div(end - begin, tile_rows)) * tile_rows;
+    }
+    int64_t last(int64_t i) const { return i + 1 == blocks ? rows : first(i + 1); }
 };
 
 // The row block that this thread reads: codes as they are where the tiles take them, else prepared in its scratch.
@@ -277,7 +290,7 @@ int vqvit_cpu_int8_linear_quantize(
     GemmTask t = gemm_task(g, Store::kFloat, nullptr, VQVIT_F32, threads);
     RowBlocks rows(g.m, isa.tile_rows, threads, g.n * int64_t{sizeof(float)}, kWaitingRowBytes);
     rows.share_evenly(threads);
-    if (rows.tiles >= 4 * int64_t{threads}) {  // else whole rows would leave threads idle
+    if (rows.tiles() >= 4 * int64_t{threads}) {  // else whole rows would leave threads idle
         run_gemm_per_token(isa, t, out, rows, threads);
         return VQVIT_OK;
     }

@@ -188,6 +188,12 @@ void attention_head(
     for (int64_t i = first; i < last; i += Dot::kRows) {
         const int rows = static_cast<int>(smaller(last - i, Dot::kRows));
 
+        // Where the results go comes from memory meanwhile.
+        for (int r = 0; r < rows; ++r) {
+            char* target = out + (i + r) * out_stride;
+            for (int64_t n = 0; n < d * dtype_size(t.dtype); n += kLineBytes) __builtin_prefetch(target + n, 1);
+        }
+
         // Logits q kᵀ.
         const int8_t* codes = t.q + (bh * t.queries + i) * d;
         const uint8_t* q = as_they_are ? reinterpret_cast<const uint8_t*>(codes) : s.q;

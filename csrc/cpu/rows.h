@@ -184,6 +184,15 @@ void encode_row(const float* row, int64_t k, float scale, int8_t* codes) {
     });
 }
 
+// Codes of a row whose largest magnitude is at most 127 scale, up to its rounding.
+template <class V>
+void encode_bounded_row(const float* row, int64_t k, float scale, int8_t* codes) {
+    const Quotient<V> quotient(scale);
+    for_vectors<V>(k, [&](int64_t i, auto extent) {
+        store_codes<V>(codes + i, quotient.code(load_row<V>(row, i, extent)), extent);
+    });
+}
+
 // α = (hi - lo) / 254, z = -127 - rne(lo / α), codes clamp(rne(x / α) + z) of a finite row; hi and lo include 0.
 template <class V>
 void encode_row_asymmetric(const float* row, int64_t k, int8_t* codes, float* scale, int32_t* zero_point) {
@@ -229,7 +238,11 @@ void quantize_row(const Row& row, int64_t k, const Codes& out, int64_t m) {
             span = std::fma(std::sqrt(variance), out.delta, span);
         }
         out.scale[m] = symmetric_scale(span);
-        encode_row<V>(row.x, k, out.scale[m], codes);
+        if (out.delta < 0.0f) {
+            encode_row<V>(row.x, k, out.scale[m], codes);
+        } else {
+            encode_bounded_row<V>(row.x, k, out.scale[m], codes);
+        }
     } else {
         encode_row_asymmetric<V>(row.x, k, codes, out.scale + m, out.zero_point + m);
     }

@@ -98,24 +98,22 @@ void run_gemm(const Kernels& isa, const GemmTask& t, int threads) {
     parallel_for<PreparedRows>(rows.blocks * panels, macs(g), threads, task);
 }
 
-// Each task computes whole fp32 rows into this thread's scratch and quantizes them there.
-void run_gemm_per_token(const Kernels& isa, const GemmTask& t, const Codes& codes, const RowBlocks& rows, int threads) {
+// Each task computes whole fp32 rows into this thread's scratch, applies the activation and quantizes them there.
+void run_gemm_per_token(
+    const Kernels& isa, const GemmTask& t, int activation, const Codes& codes, const RowBlocks& rows, int threads) {
     const vqvit_gemm& g = t.gemm;
     const int64_t panels = ceil_div(g.n, kPanel);
     const auto task = [&](PreparedRows& prepared, int64_t i) {
         const int64_t first = rows.first(i), last = rows.last(i);
         prepared.load(isa, t, i, first, last);
         GemmTask block = t;
-        const int64_t count = last - first, stride = g.n + kRowGap, largest_of_row = kLargestLanes * sizeof(int32_t);
-        float* waiting = static_cast<float*>(scratch(Slot::kTile, count * stride * int64_t{sizeof(float)}));
-        int32_t* largest = static_cast<int32_t*>(scratch(Slot::kLargest, count * largest_of_row));
-        std::memset(largest, 0, static_cast<size_t>(count * largest_of_row));
+        const int64_t stride = g.n + kRowGap;
+        float* waiting = static_cast<float*>(scratch(Slot::kTile, (last - first) * stride * int64_t{sizeof(float)}));
         block.out = waiting - first * stride;  // row `first` lands at the start
         block.out_stride = stride;
-        block.largest = largest - first * kLargestLanes;
         for (int64_t p = 0; p < panels; ++p) isa.gemm_panel(block, first, last, p, prepared.rows);
         const QuantizeRows quantize = {
-            waiting - first * stride, VQVIT_F32, stride, g.n, nullptr, codes, largest - first * kLargestLanes,
+            waiting - first * stride, VQVIT_F32, stride, g.n, nullptr, activation, codes,
         };
         isa.quantize_rows(quantize, first, last);
     };
@@ -288,15 +286,16 @@ int vqvit_cpu_int8_linear_quantize(
     }
     const Codes out = {codes, scale, zero_point, row_sum, nullptr, 0.0f, symmetric != 0};
     GemmTask t = gemm_task(g, Store::kFloat, nullptr, VQVIT_F32, threads);
+    t.gemm.activation = VQVIT_NONE;  // the quantizer applies it, to whole rows in L1
     RowBlocks rows(g.m, isa.tile_rows, threads, g.n * int64_t{sizeof(float)}, kWaitingRowBytes);
     rows.share_evenly(threads);
     if (rows.tiles() >= 4 * int64_t{threads}) {  // else whole rows would leave threads idle
-        run_gemm_per_token(isa, t, out, rows, threads);
+        run_gemm_per_token(isa, t, g.activation, out, rows, threads);
         return VQVIT_OK;
     }
     t.out = scratch(Slot::kTile, g.m * g.n * int64_t{sizeof(float)});
     run_gemm(isa, t, threads);
-    const QuantizeRows quantize = {t.out, VQVIT_F32, g.n, g.n, nullptr, out, nullptr};
+    const QuantizeRows quantize = {t.out, VQVIT_F32, g.n, g.n, nullptr, g.activation, out};
     parallel_rows(g.m, g.n, threads, [&](int64_t first, int64_t last) { isa.quantize_rows(quantize, first, last); });
     return VQVIT_OK;
 }

@@ -129,13 +129,6 @@ inline void store_row_codes(const typename V::F (&y)[N], const GemmTask& t, int6
     for (int v = 0; v < N; ++v) V::store_low_byte(codes + v * V::lanes, to_codes<V>(y[v], scale));
 }
 
-// What `quantize_rows` asks of a row's outputs: their largest magnitudes by lane.
-template <class V, int N>
-inline void keep_largest(const typename V::F (&y)[N], const GemmTask& t, int64_t m) {
-    int32_t* largest = t.largest + m * kLargestLanes;
-    V::store_i(largest, V::max_i(V::load_i(largest), largest_magnitudes<V>(y)));
-}
-
 // The accumulators of row m as fp32, zero points and compensation included. A compensated tile holds the products a b,
 // R_a b, a R_b and R_a R_b one after the other.
 template <class V, int N>
@@ -179,7 +172,6 @@ inline void finish_row(
     add_residual<V, Plain>(y, t.gemm, c, m);
     if (!Plain && t.store == Store::kStaticCodes) return store_static_codes<V>(y, t, c, m);
     if (!Plain && t.store == Store::kRowCodes) return store_row_codes<V>(y, t, m);
-    if (t.largest != nullptr) keep_largest<V>(y, t, m);
     with_dtype(t.dtype, [&](auto dtype) {
         char* out = static_cast<char*>(t.out) + (m * t.out_stride + c.first) * dtype.size;
         for_columns<V, Plain>(c, [&](int v, auto extent) { store_as<V>(out, v * V::lanes, y[v], dtype, extent); });
@@ -243,7 +235,7 @@ inline bool finishes_in_registers(const GemmTask& t) {
     if (t.store == Store::kRowCodes) return true;
     if (t.store != Store::kFloat || t.dtype != VQVIT_F32) return false;
     if (g.residual == nullptr) return g.layer_scale == nullptr;
-    return g.residual_dtype == VQVIT_F32 && g.activation == VQVIT_NONE && t.largest == nullptr;
+    return g.residual_dtype == VQVIT_F32 && g.activation == VQVIT_NONE;
 }
 
 // A tile that goes from the registers of its sums to its place. By way of a buffer it takes 60 cycles more on Zen 5.
@@ -292,11 +284,10 @@ void finish_in_registers(
         });
     }
     with_activation(g.activation, [&](auto kind) {
-        run([=, &t](int r, Sums sums) __attribute__((always_inline)) {
+        run([=](int r, Sums sums) __attribute__((always_inline)) {
             typename V::F y[kVectors];
             outputs(r, sums, y, kind);
             for (int v = 0; v < kVectors; ++v) V::store(out + r * stride + v * V::lanes, y[v]);
-            if (t.largest != nullptr) keep_largest<V>(y, t, m + r);
         });
     });
 }

@@ -42,8 +42,8 @@ struct QuantizeRows {
     int dtype;
     int64_t x_stride, k;
     const float* equalizer;  // (k) or NULL
+    int activation;          // of fp32 x without an equalizer, before it is quantized: enum vqvit_activation
     Codes out;
-    const int32_t* largest;  // (rows, kLargestLanes) of fp32 x without an equalizer: magnitudes as bits, or NULL
 };
 
 // Each kGroup columns of a row with a scale of their own.
@@ -91,8 +91,6 @@ struct Patchify {
 
 enum class Store { kInt32, kFloat, kStaticCodes, kRowCodes };
 
-constexpr int kLargestLanes = 16;  // of a row's largest magnitudes: the most that a vector has
-
 // A GEMM whose weights are packed panels, and where its tiles go.
 struct GemmTask {
     vqvit_gemm gemm;
@@ -109,7 +107,6 @@ struct GemmTask {
     float* scale;               // kStaticCodes: holds *static_scale before the tiles run; poisoned rows become NaN
                                 // kRowCodes: (m), written
     int32_t* row_sum;           // kStaticCodes: zeroed before the tiles run, or NULL
-    int32_t* largest;  // kFloat: (m, kLargestLanes) magnitudes as bits, zeroed before the tiles run, or NULL
 };
 
 // Codes of one head of q or k (a scale per token) or of v (a scale per channel).

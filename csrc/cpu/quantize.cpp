@@ -12,7 +12,7 @@ int vqvit_cpu_quantize(
     if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     const Kernels& isa = kernels();
     const Codes out = {codes, scale, zero_point, row_sum, static_scale, delta, symmetric != 0};
-    const QuantizeRows task = {x, dtype, k, k, equalizer, out, nullptr};
+    const QuantizeRows task = {x, dtype, k, k, equalizer, VQVIT_NONE, out};
     parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.quantize_rows(task, first, last); });
     return VQVIT_OK;
 }

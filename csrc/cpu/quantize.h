@@ -6,8 +6,32 @@
 namespace vqvit {
 namespace {
 
+// The activation of an fp32 row, in `buffer`.
+template <class V, int Kind>
+Row activate_row(const float* x, int64_t k, float* buffer) {
+    typename V::I largest = V::set_i(0);
+    for_vectors<V>(k, [&](int64_t i, auto extent) {
+        const typename V::F y = keep<V>(activation<V, Kind>(load_row<V>(x, i, extent)), extent);
+        V::store(buffer + i, y);
+        largest = V::max_i(largest, magnitude_bits<V>(y));
+    });
+    return {buffer, V::reduce_max_i(largest)};
+}
+
+template <class V>
+void quantize_activated_rows(const QuantizeRows& t, int64_t first, int64_t last) {
+    float* buffer = row_scratch(t.k);
+    const float* x = static_cast<const float*>(t.x);
+    with_activation(t.activation, [&](auto kind) {
+        for (int64_t m = first; m < last; ++m) {
+            quantize_row<V>(activate_row<V, kind.kind>(x + m * t.x_stride, t.k, buffer), t.k, t.out, m);
+        }
+    });
+}
+
 template <class V>
 void quantize_rows(const QuantizeRows& t, int64_t first, int64_t last) {
+    if (t.activation != VQVIT_NONE) return quantize_activated_rows<V>(t, first, last);
     float* buffer = row_scratch(t.k, kRowsAtOnce);
     const int64_t stride = padded_length(t.k);
     with_dtype(t.dtype, [&](auto dtype) {
@@ -17,12 +41,7 @@ void quantize_rows(const QuantizeRows& t, int64_t first, int64_t last) {
             Row row[kRowsAtOnce];
             for (int r = 0; r < rows; ++r) {
                 const char* source = x + (m + r) * t.x_stride * dtype.size;
-                if (t.largest == nullptr) {
-                    row[r] = read_row<V>(source, dtype, t.k, t.equalizer, buffer + r * stride);
-                    continue;
-                }
-                const int32_t largest = V::reduce_max_i(V::load_i(t.largest + (m + r) * kLargestLanes));
-                row[r] = Row{reinterpret_cast<const float*>(source), largest};
+                row[r] = read_row<V>(source, dtype, t.k, t.equalizer, buffer + r * stride);
             }
             for (int r = 0; r < rows; ++r) quantize_row<V>(row[r], t.k, t.out, m + r);
         }

@@ -175,7 +175,7 @@ void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int thr
         prepared.load(isa, t, image * (rows.blocks + 1) + (values ? 0 : whole), first, last);
 
         GemmTask part = t;
-        if (!values && unit == d) {  // a panel is a head: its rows become codes where they are computed
+        if (!values && d == kPanel) {  // a panel is a head: its rows become codes where they are computed
             const int64_t head = u % out.heads;
             const HeadTask codes = out.head(static_cast<int>(u / out.heads), image, head, first - begin, 0, nullptr, 0, 0);
             part.store = Store::kRowCodes;

@@ -70,7 +70,7 @@ int main(int argc, char** argv) {
     for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 31) - 15.0f;
     const auto run = [&] {
         const int status =
-            vqvit_cpu_int8_encoder_block(&block, x.data(), VQVIT_F32, kBatch, kTokens, out.data(), threads);
+            vqvit_cpu_int8_encoder_block(&block, x.data(), VQVIT_F32, kBatch, kTokens, kTokens, out.data(), threads);
         if (status != VQVIT_OK) std::exit(status);
     };
     const auto calls_of = [&](int runs) {

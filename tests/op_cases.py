@@ -214,7 +214,7 @@ def attention(batch, heads, queries, keys, width, poison: str | None = None) -> 
 
 def block(
     batch, tokens, width, heads, head_dim, hidden, dtype=torch.float32, activation="gelu", packed=True, biases=True,
-    layer_scales=False, deltas=(0.0, 0.0, 0.0), poison=False, groups=(False, False),
+    layer_scales=False, deltas=(0.0, 0.0, 0.0), poison=False, groups=(False, False), leading=None,
 ) -> tuple:  # fmt: skip
     """Operands of `int8_encoder_block` with weights of the size that keeps the stream near 1."""
 
@@ -234,7 +234,7 @@ def block(
     )]  # fmt: skip
     scale = [torch.rand(width) + 0.5 if layer_scales else None for _ in range(2)]
     operands = [operand for weight in weights for operand in weight]
-    return x, heads, head_dim**-0.5, *norm(), *norm(), *operands, *scale, activation, *deltas, *groups
+    return x, heads, head_dim**-0.5, *norm(), *norm(), *operands, *scale, activation, *deltas, *groups, leading
 
 
 def norm_args(x: Tensor) -> tuple:
@@ -417,6 +417,12 @@ CASES = {
         "groups_poisoned": partial(block, 3, 9, 64, 2, 80, 160, groups=(False, True), poison=True),
         "one_token": partial(block, 3, 1, 64, 1, 64, 64),
         "no_image": partial(block, 0, 4, 64, 2, 32, 128),
+        "leading": partial(block, 1, 197, 128, 2, 64, 256, leading=1),
+        "leading_of_three": partial(block, 3, 50, 96, 3, 32, 130, layer_scales=True, leading=2),
+        "leading_groups": partial(block, 2, 21, 64, 3, 64, 260, groups=(True, True), leading=1),
+        "leading_mixed_panels": partial(block, 2, 13, 40, 2, 80, 65, torch.bfloat16, leading=7),
+        "leading_poisoned": partial(block, 3, 9, 64, 2, 64, 128, poison=True, leading=5),
+        "leading_all": partial(block, 2, 9, 64, 2, 32, 128, leading=9),
         "strided": lambda: (normal(9, 2, 64).transpose(0, 1), *block(2, 9, 64, 2, 32, 128)[1:]),
     },
     "pack_weight": {name: lambda s=s: (codes(s[2], s[1]),) for name, s in GEMM_SHAPES.items()},

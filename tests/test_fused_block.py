@@ -74,9 +74,9 @@ def calls(monkeypatch) -> list:
     """The blocks that ran as one op, in order."""
     seen, original = [], block_module.run_in_one_call
 
-    def counted(block, x):
+    def counted(block, x, leading_tokens):
         seen.append(block)
-        return original(block, x)
+        return original(block, x, leading_tokens)
 
     monkeypatch.setattr(block_module, "run_in_one_call", counted)
     return seen
@@ -149,9 +149,20 @@ def test_unpacked_weights_run_op_by_op(calls):
     assert torch.equal(run(model, images), fused) and calls == []
 
 
+@pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_leading_tokens_are_those_of_the_whole_block(config):
+    block, x = blocks(quantized("layer_scale", config))[0], torch.randn(3, 9, 64)
+    whole = block_module.run_in_one_call(block, x)
+    for tokens in (1, 5, 9):
+        assert torch.equal(block_module.run_in_one_call(block, x, tokens), whole[:, :tokens])
+
+
 def test_errors_name_the_operand():
     model = quantized("gelu", vqvit.QuantConfig())
     block = blocks(model)[0]
+    for tokens in (0, 5):
+        with pytest.raises(ValueError, match=f"expected leading_tokens between 1 and 4; got {tokens}"):
+            block_module.run_in_one_call(block, torch.randn(1, 4, 64), tokens)
     with pytest.raises(ValueError, match=r"int8_encoder_block: expected packed qkv of shape .*; got"):
         block(torch.randn(1, 4, 60))
     grouped = vars(block.attn_out.plan) | {

@@ -178,6 +178,48 @@ def allocations(tmp_path_factory) -> Path:
 
 
 @needs_library
+def test_codes_need_no_division(tmp_path):
+    if "avx2" not in cpu.available_isas():
+        pytest.skip("no AVX2")
+    program, source = tmp_path / "quotients", Path(__file__).with_name("quotients.cpp")
+    command = [_build.compiler(_build.CPU), *_build.CXX_FLAGS, f"-I{CSRC}", f"-I{CSRC / 'cpu'}", source]
+    subprocess.run([*command, "-Wno-unused-function", "-o", program], check=True)
+    assert subprocess.run([program], capture_output=True, text=True, check=True).stdout == "0\n"
+
+
+@needs_library
+def test_products_stay_in_registers():
+    """Compilers like to spill accumulators in the loops of AVX-512 tiles: half of their speed."""
+    if shutil.which("objdump") is None or "avx512_vnni" not in cpu.available_isas():
+        pytest.skip("no objdump, or no AVX512-VNNI")
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", native.cpu()._name], capture_output=True, text=True, check=True
+    ).stdout
+    loops = product_loops(listing, 20)
+    assert len(loops) >= 8, "tiles of five and six rows, and what finishes them"
+    for function, body in loops:
+        assert not any(re.search(r"\(%rsp\)|-0x[0-9a-f]+\(%rbp\)", line) for line in body), f"spills in {function}"
+
+
+def product_loops(listing: str, products: int) -> list[tuple[str, list[str]]]:
+    """Function and instructions of each innermost loop with that many `vpdpbusd` of zmm registers or more."""
+    found, function, addresses, lines = [], "", {}, []
+    for line in listing.splitlines():
+        if header := re.match(r"[0-9a-f]+ <(.+)>:", line):
+            function, addresses, lines = header[1], {}, []
+        elif parts := re.match(r"\s+([0-9a-f]+):\s+(\S+)\s*(.*)", line):
+            addresses[parts[1]] = len(lines)
+            lines.append(line)
+            target = parts[3].split()[0] if parts[2].startswith("j") and parts[3] else None
+            if target in addresses:
+                body = lines[addresses[target] :]
+                jumps = sum(re.search(r":\s+j", inner) is not None for inner in body)
+                if jumps == 1 and sum("vpdpbusd" in inner and "zmm" in inner for inner in body) >= products:
+                    found.append((function, body))
+    return found
+
+
+@needs_library
 def test_isa_is_chosen_and_forced():
     available = cpu.available_isas()
     assert available[0] == "scalar" and cpu.isa() == available[-1]

@@ -97,7 +97,7 @@ _SIGNATURES = {
         "int8_linear_compensated": (_GEMM, _POINTER, _POINTER, c_int, c_float, c_float, _POINTER, c_int, c_int),
         "quantize_qkv": (_POINTER, c_int, *[_SIZE] * 4, *[_POINTER] * 6, c_int),
         "int8_attention": (*[_POINTER] * 6, c_float, *[_SIZE] * 5, _POINTER, c_int, c_int),
-        "int8_encoder_block": (_BLOCK, _POINTER, c_int, _SIZE, _SIZE, _POINTER, c_int),
+        "int8_encoder_block": (_BLOCK, _POINTER, c_int, *[_SIZE] * 3, _POINTER, c_int),
     },
     "cuda": {
         "quantize": (

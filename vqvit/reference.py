@@ -205,13 +205,18 @@ def compose_encoder_block(
     x, num_heads, sm_scale, norm1_weight, norm1_bias, eps1, norm2_weight, norm2_bias, eps2,
     qkv, qkv_scale, qkv_bias, attn_out, attn_out_scale, attn_out_bias, fc1, fc1_scale, fc1_bias,
     fc2, fc2_scale, fc2_bias, layer_scale1=None, layer_scale2=None, activation="gelu",
-    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0, attn_out_groups=False, fc2_groups=False,
+    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0, attn_out_groups=False, fc2_groups=False, leading_tokens=None,
 ):  # fmt: skip
     """`int8_encoder_block` from the ops of a backend: x (B, S, D), weights plain or packed."""
     batch, tokens, width = x.shape
     stream, dtype = x.reshape(batch * tokens, width), x.dtype
     codes, scale, _ = ops.layernorm_quantize(stream, norm1_weight, norm1_bias, eps1, qkv_delta)
-    heads = ops.int8_linear_qkv(codes, scale, qkv, qkv_scale, qkv_bias, tokens, num_heads)
+    q, k, v, q_scale, k_scale, v_scale = ops.int8_linear_qkv(codes, scale, qkv, qkv_scale, qkv_bias, tokens, num_heads)
+    queries = tokens if leading_tokens is None else leading_tokens
+    if queries < tokens:
+        q, q_scale = q[:, :, :queries], q_scale[:, :, :queries]
+        stream = x[:, :queries].reshape(batch * queries, width)
+    heads = (q, k, v, q_scale, k_scale, v_scale)
     if attn_out_groups:
         codes, scale = ops.int8_attention_quantize(*heads, sm_scale)
     else:
@@ -225,7 +230,7 @@ def compose_encoder_block(
         codes, scale, fc1, fc1_scale, fc1_bias, activation, per_group=fc2_groups
     )
     stream = ops.int8_linear(codes, scale, fc2, fc2_scale, fc2_bias, "none", layer_scale2, stream, out_dtype=dtype)
-    return stream.view(batch, tokens, width)
+    return stream.view(batch, queries, width)
 
 
 int8_encoder_block = functools.partial(compose_encoder_block, sys.modules[__name__])

@@ -168,10 +168,12 @@ void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int thr
         const int64_t image = i / tasks, within = i % tasks, other = within - value_units;
         const int64_t longest_first = other < 0 ? units + other : other % other_units;
         const int64_t u = by_head ? within % 3 * value_units + within / 3 : longest_first;
-        const bool values = u >= other_units;
+        const bool values = u >= other_units, queries_alone = (u + 1) * unit <= out.heads * d;
         const int64_t block = by_head || values ? 0 : other / other_units, whole = rows.blocks == 1 ? 0 : 1 + block;
         const int64_t begin = image * out.tokens, first = begin + (values ? 0 : rows.first(block));
-        const int64_t last = begin + (values ? out.tokens : rows.last(block));
+        const int64_t wanted = queries_alone ? out.queries : out.tokens;
+        const int64_t last = begin + std::min(values ? out.tokens : rows.last(block), wanted);
+        if (first >= last) return;
         prepared.load(isa, t, image * (rows.blocks + 1) + (values ? 0 : whole), first, last);
 
         GemmTask part = t;
@@ -200,8 +202,9 @@ void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int thr
                 const int64_t head = column / d;
                 const float* x = waiting + (column - u * unit);
                 const int which = static_cast<int>(head / out.heads);
-                isa.quantize_head(
-                    out.head(which, image, head % out.heads, m - begin, end - m, x, VQVIT_F32, unit));
+                const int64_t count = which == 0 ? std::min(end, begin + out.queries) - m : end - m;
+                if (count <= 0) continue;
+                isa.quantize_head(out.head(which, image, head % out.heads, m - begin, count, x, VQVIT_F32, unit));
             }
         }
     };
@@ -228,6 +231,12 @@ GemmTask gemm_task(const vqvit_gemm& g, Store store, void* out, int dtype, int t
 }
 
 }  // namespace
+
+void project_qkv(const vqvit_gemm& gemm, const Qkv& out, int threads) {
+    if (gemm.m == 0) return;
+    run_gemm_qkv(kernels(), gemm_task(gemm, Store::kFloat, nullptr, VQVIT_F32, threads), out, threads);
+}
+
 }  // namespace vqvit
 
 using namespace vqvit;
@@ -303,9 +312,7 @@ int vqvit_cpu_int8_linear_quantize(
 int vqvit_cpu_int8_linear_qkv(
     const vqvit_gemm* gemm, int64_t tokens, int64_t heads, int8_t* q, int8_t* k, int8_t* v, float* q_scale,
     float* k_scale, float* v_scale, int threads) {
-    if (gemm->m == 0) return VQVIT_OK;
-    const Qkv out = {tokens, heads, gemm->n / (3 * heads), {q, k, v}, {q_scale, k_scale, v_scale}};
-    run_gemm_qkv(kernels(), gemm_task(*gemm, Store::kFloat, nullptr, VQVIT_F32, threads), out, threads);
+    project_qkv(*gemm, {tokens, tokens, heads, gemm->n / (3 * heads), {q, k, v}, {q_scale, k_scale, v_scale}}, threads);
     return VQVIT_OK;
 }
 

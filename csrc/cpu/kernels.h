@@ -119,21 +119,25 @@ struct HeadTask {
     bool by_channel;
 };
 
-// Attention's operands, as vqvit_cpu_quantize_qkv writes them.
+// Attention's operands, as vqvit_cpu_quantize_qkv writes them; q for the first `queries` tokens alone.
 struct Qkv {
-    int64_t tokens, heads, head_dim;
-    int8_t* codes[3];  // q, k, v (batch, heads, tokens, head_dim)
-    float* scale[3];   // q, k (batch, heads, tokens), v (batch, heads, head_dim)
+    int64_t tokens, queries, heads, head_dim;
+    int8_t* codes[3];  // q, k, v (batch, heads, queries or tokens, head_dim)
+    float* scale[3];   // q, k (batch, heads, queries or tokens), v (batch, heads, head_dim)
 
     // Tokens [first, first + count) of one head, from x; a head of v needs all of its tokens.
     HeadTask head(
         int part, int64_t image, int64_t head, int64_t first, int64_t count, const void* x, int dtype,
         int64_t x_stride) const {
-        const int64_t bh = image * heads + head, scales = part == 2 ? bh * head_dim : bh * tokens + first;
-        int8_t* target = codes[part] + (bh * tokens + first) * head_dim;
+        const int64_t bh = image * heads + head, row = bh * (part == 0 ? queries : tokens) + first;
+        const int64_t scales = part == 2 ? bh * head_dim : row;
+        int8_t* target = codes[part] + row * head_dim;
         return {x, dtype, x_stride, count, head_dim, target, scale[part] + scales, part == 2};
     }
 };
+
+// int8_linear_qkv (gemm_s8.cpp).
+void project_qkv(const vqvit_gemm& gemm, const Qkv& out, int threads);
 
 struct AttentionTask {
     const int8_t *q, *k, *v;

@@ -55,7 +55,7 @@ int vqvit_cpu_quantize_qkv(
     int8_t* v, float* q_scale, float* k_scale, float* v_scale, int threads) {
     if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     const Kernels& isa = kernels();
-    const Qkv out = {tokens, heads, head_dim, {q, k, v}, {q_scale, k_scale, v_scale}};
+    const Qkv out = {tokens, tokens, heads, head_dim, {q, k, v}, {q_scale, k_scale, v_scale}};
     const int64_t width = 3 * heads * head_dim, size = dtype == VQVIT_F32 ? 4 : 2;
     const int64_t work = batch * tokens * width * kRowOperations;
     parallel_for<Stateless>(batch * heads, work, threads, [&](Stateless&, int64_t i) {

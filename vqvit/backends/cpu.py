@@ -210,7 +210,7 @@ def int8_encoder_block(
     x, num_heads, sm_scale, norm1_weight, norm1_bias, eps1, norm2_weight, norm2_bias, eps2,
     qkv, qkv_scale, qkv_bias, attn_out, attn_out_scale, attn_out_bias, fc1, fc1_scale, fc1_bias,
     fc2, fc2_scale, fc2_bias, layer_scale1=None, layer_scale2=None, activation="gelu",
-    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0, attn_out_groups=False, fc2_groups=False,
+    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0, attn_out_groups=False, fc2_groups=False, leading_tokens=None,
 ):  # fmt: skip
     x = x.contiguous()
     batch, tokens, width = x.shape
@@ -228,10 +228,11 @@ def int8_encoder_block(
         *map(pointer, operands), width, num_heads, head_dim, hidden, eps1, eps2, sm_scale * nm.LOG2_E, qkv_delta,
         attn_out_delta, fc1_delta, ACTIVATION[activation], attn_out_groups, fc2_groups,
     )  # fmt: skip
-    out = torch.empty_like(x)
+    leading = tokens if leading_tokens is None else leading_tokens
+    out = x.new_empty((batch, leading, width))
     run(
         native.cpu().vqvit_cpu_int8_encoder_block,
-        block, x.data_ptr(), DTYPES[x.dtype], batch, tokens, out.data_ptr(), torch.get_num_threads(),
+        block, x.data_ptr(), DTYPES[x.dtype], batch, tokens, leading, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -60,11 +60,19 @@ class EncoderBlock(QuantModule):
             raise ValueError(
                 f"{self.plan.name}: expected output_attentions=False: int8 attention keeps no probabilities"
             )
-        batch, tokens, width = hidden_states.shape
+        tokens = hidden_states.shape[1]
         queries = self._queries(tokens, kwargs.get(REQUEST, False))
-        if queries == tokens and runs_in_one_call(self):
-            stream = run_in_one_call(self, hidden_states)
-            return (stream,) if self.plan.returns_tuple else stream
+        if runs_in_one_call(self):
+            stream = run_in_one_call(self, hidden_states, queries if queries < tokens else None)
+        else:
+            stream = self._run_op_by_op(hidden_states, queries)
+        if queries < tokens:
+            stream = F.pad(stream, (0, 0, 0, tokens - queries), value=torch.nan)
+        return (stream,) if self.plan.returns_tuple else stream
+
+    def _run_op_by_op(self, hidden_states: Tensor, queries: int) -> Tensor:
+        """The first `queries` tokens of the result, (B, queries, D)."""
+        batch, tokens, width = hidden_states.shape
         stream = hidden_states.reshape(batch * tokens, width)
         dtype = stream.dtype
         normalized = self._normalize(stream, self.norm1_weight, self.norm1_bias, self.eps1, self.qkv)
@@ -76,10 +84,7 @@ class EncoderBlock(QuantModule):
         stream = self.fc2(
             self._expand(normalized, dtype), layer_scale=self.layer_scale2, residual=stream, out_dtype=dtype
         )
-        stream = stream.view(batch, queries, width)
-        if queries < tokens:
-            stream = F.pad(stream, (0, 0, 0, tokens - queries), value=torch.nan)
-        return (stream,) if self.plan.returns_tuple else stream
+        return stream.view(batch, queries, width)
 
     def _queries(self, tokens: int, requested: bool) -> int:
         """Tokens whose result is computed; calibration observes all of them."""

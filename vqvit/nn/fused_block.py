@@ -37,14 +37,14 @@ def _is_common(layer, activations: tuple[str, ...]) -> bool:
     return plain and layer.packed
 
 
-def run_in_one_call(block, x: Tensor) -> Tensor:
-    """The block's result (B, S, D) for x (B, S, D), if `runs_in_one_call`."""
+def run_in_one_call(block, x: Tensor, leading_tokens: int | None = None) -> Tensor:
+    """The block's result (B, S, D) for x (B, S, D), if `runs_in_one_call`; (B, L, D) of the first L tokens alone."""
     groups = [getattr(block, role).plan.activation == "per_token_group" for role in ("attn_out", "fc2")]
     weights = [part for role in ROLES for part in _weight(getattr(block, role))]
     return ops.int8_encoder_block(
         x, block.num_heads, block.softmax_scale, block.norm1_weight, block.norm1_bias, block.eps1, block.norm2_weight,
         block.norm2_bias, block.eps2, *weights, block.layer_scale1, block.layer_scale2, block.activation,
-        block.qkv.plan.delta, block.attn_out.plan.delta, block.fc1.plan.delta, *groups,
+        block.qkv.plan.delta, block.attn_out.plan.delta, block.fc1.plan.delta, *groups, leading_tokens,
     )  # fmt: skip
 
 

@@ -14,13 +14,13 @@ from vqvit.registry import op
     " Tensor attn_out, Tensor attn_out_scale, Tensor? attn_out_bias, Tensor fc1, Tensor fc1_scale, Tensor? fc1_bias,"
     " Tensor fc2, Tensor fc2_scale, Tensor? fc2_bias, Tensor? layer_scale1=None, Tensor? layer_scale2=None,"
     " str activation='gelu', float qkv_delta=0.0, float attn_out_delta=0.0, float fc1_delta=0.0,"
-    " bool attn_out_groups=False, bool fc2_groups=False) -> Tensor"
+    " bool attn_out_groups=False, bool fc2_groups=False, int? leading_tokens=None) -> Tensor"
 )
 def _(
     x, num_heads, sm_scale, norm1_weight, norm1_bias, eps1, norm2_weight, norm2_bias, eps2,
     qkv, qkv_scale, qkv_bias, attn_out, attn_out_scale, attn_out_bias, fc1, fc1_scale, fc1_bias,
     fc2, fc2_scale, fc2_bias, layer_scale1=None, layer_scale2=None, activation="gelu",
-    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0, attn_out_groups=False, fc2_groups=False,
+    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0, attn_out_groups=False, fc2_groups=False, leading_tokens=None,
 ):  # fmt: skip
     name = "int8_encoder_block"
     va.check_tensor(name, "x", x, va.FLOATS, (None, None, None))
@@ -52,7 +52,9 @@ def _(
     if attn_out_groups:
         va.check(attn_out_delta == 0.0, name, "attn_out_delta = 0 with attn_out_groups", attn_out_delta)
     va.check(activation in nm.ACTIVATIONS, name, f"activation in {nm.ACTIVATIONS}", repr(activation))
-    return lambda: torch.empty_like(x, memory_format=torch.contiguous_format)
+    leading = tokens if leading_tokens is None else leading_tokens
+    va.check(1 <= leading <= tokens, name, f"leading_tokens between 1 and {tokens}", leading_tokens)
+    return lambda: x.new_empty((x.shape[0], leading, width))
 
 
 def int8_encoder_block(
@@ -85,6 +87,7 @@ def int8_encoder_block(
     fc1_delta: float = 0.0,
     attn_out_groups: bool = False,
     fc2_groups: bool = False,
+    leading_tokens: int | None = None,
 ) -> Tensor:
     """h = x + layer_scale1 ∘ attention(LN1(x)) attn_outᵀ; h + layer_scale2 ∘ act(LN2(h) fc1ᵀ) fc2ᵀ: the ops of a
     pre-LayerNorm block one after the other, bit for bit, every activation symmetric per token, or per group of
@@ -97,11 +100,13 @@ def int8_encoder_block(
         sm_scale: of attention's logits. activation: one of `numerics.ACTIVATIONS`.
         qkv_delta, attn_out_delta, fc1_delta: `delta` of the layer's input as in `quantize_per_token`.
         attn_out_groups, fc2_groups: the layer's input as by `quantize_per_group`; attn_out_delta is 0 then.
+        leading_tokens: L of 1 to S: the first L tokens of the result alone, for less work; None: all.
 
-    Returns: (B, S, D) in x's dtype, to which the first h is rounded too.
+    Returns: (B, S, D) or (B, L, D) in x's dtype, to which the first h is rounded too.
     """
     return torch.ops.vqvit.int8_encoder_block(
         x, num_heads, sm_scale, norm1_weight, norm1_bias, eps1, norm2_weight, norm2_bias, eps2, qkv, qkv_scale,
         qkv_bias, attn_out, attn_out_scale, attn_out_bias, fc1, fc1_scale, fc1_bias, fc2, fc2_scale, fc2_bias,
         layer_scale1, layer_scale2, activation, qkv_delta, attn_out_delta, fc1_delta, attn_out_groups, fc2_groups,
+        leading_tokens,
     )  # fmt: skip

@@ -161,8 +161,8 @@ def _empty_qkv(batch: int, heads: int, tokens: int, head_dim: int) -> tuple[np.n
 def encoder_block(
     num_heads, sm_scale, norm1_weight, norm1_bias, eps1, norm2_weight, norm2_bias, eps2, qkv, qkv_scale, qkv_bias,
     attn_out, attn_out_scale, attn_out_bias, fc1, fc1_scale, fc1_bias, fc2, fc2_scale, fc2_bias, layer_scale1,
-    layer_scale2, activation, qkv_delta, attn_out_delta, fc1_delta, attn_out_groups, fc2_groups,
-) -> native.EncoderBlock:  # fmt: skip
+    layer_scale2, activation, qkv_delta, attn_out_delta, fc1_delta, attn_out_groups, fc2_groups, leading_tokens=None,
+) -> tuple[native.EncoderBlock, int | None]:  # fmt: skip
     """The arguments of `int8_encoder_block` but its input, as the kernel reads them; made once when a model is loaded.
 
     The caller keeps the arrays alive.
@@ -172,17 +172,21 @@ def encoder_block(
         attn_out_bias, layer_scale1, fc1, fc1_scale, fc1_bias, fc2, fc2_scale, fc2_bias, layer_scale2,
     )  # fmt: skip
     width, head_dim, hidden = norm1_weight.size, qkv_scale.size // (3 * num_heads), fc1_scale.size
-    return native.EncoderBlock(
+    block = native.EncoderBlock(
         *map(_address, operands), width, num_heads, head_dim, hidden, eps1, eps2, sm_scale * LOG2_E, qkv_delta,
         attn_out_delta, fc1_delta, ACTIVATIONS.index(activation), attn_out_groups, fc2_groups,
     )  # fmt: skip
+    return block, leading_tokens
 
 
-def run_encoder_block(threads: int, block: native.EncoderBlock, x: np.ndarray) -> np.ndarray:
-    batch, tokens, _ = x.shape
-    out = np.empty_like(x)
+def run_encoder_block(
+    threads: int, block: native.EncoderBlock, leading_tokens: int | None, x: np.ndarray
+) -> np.ndarray:
+    batch, tokens, width = x.shape
+    leading = tokens if leading_tokens is None else leading_tokens
+    out = np.empty((batch, leading, width), np.float32)
     function = native.cpu().vqvit_cpu_int8_encoder_block
-    native.run(function, ctypes.byref(block), _address(x), FP32, batch, tokens, _address(out), threads)
+    native.run(function, ctypes.byref(block), _address(x), FP32, batch, tokens, leading, _address(out), threads)
     return out
 
 

@@ -91,7 +91,7 @@ class Session:
         if step.op == int8_ops.ENCODER_BLOCK:
             source, *rest = step.arguments
             block = int8_ops.encoder_block(*(argument(a, self._weights)({}) for a in rest))
-            return partial(int8_ops.run_encoder_block, self.threads, block), (source,), contiguous
+            return partial(int8_ops.run_encoder_block, self.threads, *block), (source,), contiguous
         if step.op in int8_ops.OPS:
             return partial(int8_ops.OPS[step.op], self.threads), step.arguments, contiguous
         if step.op in float_ops.OPS:

@@ -201,7 +201,8 @@ typedef struct vqvit_encoder_block {
     int32_t attn_out_groups, fc2_groups; /* 0 or 1: a scale for each 128 columns of the layer's input; no delta then */
 } vqvit_encoder_block;
 
-/* int8_encoder_block: x (batch, tokens, width) and out (batch, leading_tokens, width) of dtype. */
+/* int8_encoder_block: x (batch, tokens, width) and out (batch, leading_tokens, width) of dtype; out may be x if all tokens
+ * lead. */
 VQVIT_EXPORT int vqvit_cpu_int8_encoder_block(
     const vqvit_encoder_block* block, const void* x, int dtype, int64_t batch, int64_t tokens, int64_t leading_tokens,
     void* out, int threads);

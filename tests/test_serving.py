@@ -113,6 +113,42 @@ def test_what_the_model_computes_of_its_weights_alone_is_stored(tmp_path):
     assert_same(Session(folder), model, pixels)
 
 
+def test_blocks_write_over_their_input_only_where_nobody_else_reads_it(tmp_path, monkeypatch):
+    over, original = [], int8_ops.run_encoder_block
+
+    def watched(threads, block, leading_tokens, over_input, x):
+        out = original(threads, block, leading_tokens, over_input, x)
+        over.append(out is x)
+        return out
+
+    monkeypatch.setattr(int8_ops, "run_encoder_block", watched)
+    deep = transformers.ViTConfig(**{**SMALL, "num_hidden_layers": 4})
+    monkeypatch.setitem(MODELS, "deep", lambda: transformers.ViTModel(deep))
+
+    class FirstAndLast(nn.Module):
+        """Reads a block's result a second time, after the next block has run."""
+
+        def __init__(self, vit):
+            super().__init__()
+            self.config, self.main_input_name, self.vit = vit.config, "pixel_values", vit
+
+        def forward(self, pixel_values):
+            hidden = self.vit(pixel_values, output_hidden_states=True).hidden_states
+            return {"logits": hidden[1][:, 0] + hidden[-1][:, 0]}
+
+    model = quantized("deep", cls_only="off")
+    pixels = images(2)
+    for exported, wanted in ((model, [False, True, True, True]), (FirstAndLast(model), [False, False, True, True])):
+        with torch.inference_mode():
+            expected = exported(pixels)
+        session = Session(vqvit.export(exported.eval(), tmp_path / type(exported).__name__))
+        over.clear()
+        received, before = session(pixels.numpy()), pixels.clone()
+        assert over == wanted and torch.equal(pixels, before)
+        for name, value in received.items():
+            np.testing.assert_allclose(value, expected[name].numpy(), **TOLERANCE)
+
+
 def test_a_process_that_serves_does_not_import_torch(tmp_path):
     model, pixels = quantized("vit"), images(2)
     vqvit.export(model, tmp_path / "out")

@@ -180,11 +180,12 @@ def encoder_block(
 
 
 def run_encoder_block(
-    threads: int, block: native.EncoderBlock, leading_tokens: int | None, x: np.ndarray
+    threads: int, block: native.EncoderBlock, leading_tokens: int | None, over_input: bool, x: np.ndarray
 ) -> np.ndarray:
+    """The block's result: in x's memory where `over_input` says that nobody else reads it, and it fits."""
     batch, tokens, width = x.shape
     leading = tokens if leading_tokens is None else leading_tokens
-    out = np.empty((batch, leading, width), np.float32)
+    out = x if over_input and leading == tokens else np.empty((batch, leading, width), np.float32)
     function = native.cpu().vqvit_cpu_int8_encoder_block
     native.run(function, ctypes.byref(block), _address(x), FP32, batch, tokens, leading, _address(out), threads)
     return out

@@ -1,6 +1,7 @@
 """A loaded program and its execution, step by step."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -56,20 +57,24 @@ class Session:
 
     def _prepare(self, program: Program) -> list[Action]:
         """One function a step, each followed by the release of what no later step reads."""
-        last = {}
+        last, readers = {}, Counter()
         for index, step in enumerate(program.steps):
             last.update(dict.fromkeys(names_read(step.arguments), index))
+            readers.update(set(names_read(step.arguments)))
         kept = set(program.outputs.values())
+        streams = {step.results for step in program.steps if step.op == int8_ops.ENCODER_BLOCK} - kept
         actions = []
         for index, step in enumerate(program.steps):
-            actions.append(self._action(step))
+            # A block writes over its input if that is a block's result, so an array of its own, that nobody else reads.
+            over_input = all(name in streams and readers[name] == 1 for name in names_read(step.arguments))
+            actions.append(self._action(step, over_input))
             done = tuple(name for name, user in last.items() if user == index and name not in kept)
             if done:
                 actions.append(lambda values, done=done: [values.pop(name) for name in done])
         return actions
 
-    def _action(self, step: Step) -> Action:
-        op, raw, prepare = self._operation(step)
+    def _action(self, step: Step, over_input: bool) -> Action:
+        op, raw, prepare = self._operation(step, over_input)
         arguments = [argument(a, self._weights) for a in raw]
 
         def function(values: Values) -> object:
@@ -86,12 +91,12 @@ class Session:
 
         return assign
 
-    def _operation(self, step: Step) -> tuple[Callable, tuple, Callable]:
+    def _operation(self, step: Step, over_input: bool) -> tuple[Callable, tuple, Callable]:
         """What to call for a step, the arguments left to it, and what each goes through first."""
         if step.op == int8_ops.ENCODER_BLOCK:
             source, *rest = step.arguments
             block = int8_ops.encoder_block(*(argument(a, self._weights)({}) for a in rest))
-            return partial(int8_ops.run_encoder_block, self.threads, *block), (source,), contiguous
+            return partial(int8_ops.run_encoder_block, self.threads, *block, over_input), (source,), contiguous
         if step.op in int8_ops.OPS:
             return partial(int8_ops.OPS[step.op], self.threads), step.arguments, contiguous
         if step.op in float_ops.OPS:

@@ -9,8 +9,8 @@
 //   tile              out[r][n] = Σ_k a[r][k] b[n][k] for `rows` <= kRows rows and 16 · `vectors` columns of a panel;
 //                     `sums`: Σ_k b[n][k] over the same groups, read where kReadsU8; NULL: a is u8. `ahead`: `groups`
 //                     cache lines that tiles will read soon, a hint, or NULL
-//   finish_tile       if kFinishesTiles: finish(r, sums of row r) for every row of a tile of s8 codes and all columns of a
-//                     panel, from the registers that hold the sums; `ahead` as of `tile`
+//   finish_tile       if kFinishesTiles: finish(r, sums of row r) for every row of a tile of s8 codes and all columns
+//                     of a panel, from the registers that hold the sums; `ahead` as of `tile`
 //   pack_panel        one panel from rows of b: see pack_panel_portable
 //   pack_transposed   one panel from columns of b, without sums: see pack_transposed_portable
 #pragma once

@@ -18,7 +18,8 @@ struct BlockCall {
     int threads;
 
     BlockCall(
-        const vqvit_encoder_block& b, const void* x, int dtype, int64_t batch, int64_t tokens, int64_t leading, int threads)
+        const vqvit_encoder_block& b, const void* x, int dtype, int64_t batch, int64_t tokens, int64_t leading,
+        int threads)
         : block(b),
           x(static_cast<const char*>(x)),
           dtype(dtype),
@@ -35,8 +36,8 @@ struct BlockCall {
 
 int64_t scales_of_row(int32_t groups, int64_t columns) { return groups != 0 ? ceil_div(columns, kGroup) : 1; }
 
-// What the first half of the block hands from op to op, codes, q, k, v and attention's output, goes through L2 a few images
-// at a time: so many bytes of it a thread. 2 to 3 % of a model at batch 16 and 32 on Zen 5, nothing at 8.
+// What the first half of the block hands from op to op, codes, q, k, v and attention's output, goes through L2 a few
+// images at a time: so many bytes of it a thread. 2 to 3 % of a model at batch 16 and 32 on Zen 5, nothing at 8.
 constexpr int64_t kAttentionBytes = 1200 * 1024;
 
 // What lives between the ops. The halves of the block share memory.
@@ -149,9 +150,9 @@ void attend(const BlockCall& c, const BlockScratch& s, int64_t first, int64_t im
 // What the first half adds to: x itself, or its leading tokens, which go to `out`.
 const void* residual_rows(const BlockCall& c, void* out) {
     if (c.leading == c.tokens) return c.x;
-    const int64_t bytes = c.leading * c.row_bytes();
+    const int64_t bytes = c.leading * c.row_bytes(), stride = c.tokens * c.row_bytes();
     for (int64_t i = 0; i < c.batch; ++i) {
-        std::memcpy(static_cast<char*>(out) + i * bytes, c.x + i * c.tokens * c.row_bytes(), static_cast<size_t>(bytes));
+        std::memcpy(static_cast<char*>(out) + i * bytes, c.x + i * stride, static_cast<size_t>(bytes));
     }
     return out;
 }

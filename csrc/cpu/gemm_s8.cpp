@@ -1,5 +1,7 @@
-// int8_mm, int8_linear and its quantizing, compensated and projecting (qkv) forms: blocking and threads around the panel
-// kernels. The formulas are in gemm_s8.h.
+// int8_mm, int8_linear and its quantizing, compensated and projecting (qkv) forms: blocking and threads around the
+// panel kernels. The formulas are in gemm_s8.h and gemm_s8_epilogue.h.
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -15,10 +17,20 @@ namespace {
 // AVX-512 (1 MiB) and then some, so that the panel (196 KiB at K = 3072) stays too.
 constexpr int64_t kRowBlockBytes = 256 * 1024;
 
-// fp32 rows of int8_linear_quantize that wait for their maximum, in L2.
-constexpr int64_t kWaitingRowBytes = 640 * 1024;
+// fp32 rows of int8_linear_quantize that wait for their maximum take 5/8 of L2, and leave the rest to weights and codes:
+// on Zen 5, with 1 MiB, 640 KiB beat 384 by 2 % of fc1, and 192 lost 8 %, because weights then come from L3 more often.
+int64_t waiting_row_bytes() {
+    static const int64_t bytes = [] {
+        int64_t l2 = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+        l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1 where nobody knows
+#endif
+        return (l2 > 0 ? l2 : int64_t{512} * 1024) * 5 / 8;
+    }();
+    return bytes;
+}
 
-// Between such rows: a cache line that keeps the rows of a tile, of widths that are powers of two, out of each other's way.
+// Between such rows: a cache line that keeps rows of widths that are powers of two out of each other's way.
 constexpr int64_t kRowGap = kLineBytes / int64_t{sizeof(float)};
 
 // fp32 rows of int8_linear_qkv that wait for their heads to be whole, in L1 beside a tile's row of weights.
@@ -147,12 +159,60 @@ void run_gemm_per_group(const Kernels& isa, const GemmTask& t, int8_t* codes, fl
     parallel_for<PreparedRows>(rows.blocks * groups, macs(g), threads, task);
 }
 
-// The fp32 projection of whole heads in this thread's scratch becomes codes there: a few rows at a time for q and k, in
-// L1; all tokens of an image for v, whose scales need every token, in L2.
+// Rows [first, last) of one image and some panels of qkv's weights.
+struct QkvRows {
+    int64_t image, begin;  // `begin`: the image's first row
+    int64_t first, last;
+    int64_t column, columns;  // of whole heads
+};
+
+// A head of q or k that is one panel: its rows become codes in the registers that they are computed in.
+void project_head(const Kernels& isa, const GemmTask& t, const Qkv& out, const QkvRows& r, const TileRows& rows) {
+    const int64_t d = out.head_dim, head = r.column / d;
+    const int part = static_cast<int>(head / out.heads);
+    const HeadTask codes = out.head(part, r.image, head % out.heads, r.first - r.begin, 0, nullptr, VQVIT_F32, d);
+    GemmTask task = t;
+    task.store = Store::kRowCodes;
+    task.out = codes.codes - r.first * d;  // rows are counted from those of the matrix
+    task.out_stride = d;
+    task.scale = codes.scale - r.first;
+    isa.gemm_panel(task, r.first, r.last, r.column / kPanel, rows);
+}
+
+// Whole heads by way of fp32 in this thread's scratch: `step` rows at a time for q and k, in L1; all tokens of an image
+// for v, whose scales need every token, in L2.
+void project_heads(
+    const Kernels& isa, const GemmTask& t, const Qkv& out, const QkvRows& r, int64_t step, const TileRows& rows) {
+    const vqvit_gemm& g = t.gemm;
+    const int64_t d = out.head_dim, end_column = std::min(r.column + r.columns, g.n);
+    float* waiting = static_cast<float*>(scratch(Slot::kTile, step * r.columns * int64_t{sizeof(float)}));
+    GemmTask task = t;
+    task.out_stride = r.columns;
+    for (int64_t m = r.first; m < r.last; m += step) {
+        const int64_t end = std::min(m + step, r.last);
+        TileRows step_rows = rows;
+        step_rows.a += (m - r.first) * step_rows.stride;
+        task.out = waiting - m * r.columns - r.column;  // rows and columns are counted from those of the matrix
+        for (int64_t p = r.column / kPanel; p * kPanel < end_column; ++p) isa.gemm_panel(task, m, end, p, step_rows);
+        for (int64_t column = r.column; column < end_column; column += d) {
+            const int64_t head = column / d;
+            const int part = static_cast<int>(head / out.heads);
+            const int64_t count = (part == 0 ? std::min(end, r.begin + out.queries) : end) - m;
+            if (count <= 0) continue;
+            const float* x = waiting + (column - r.column);
+            const HeadTask codes =
+                out.head(part, r.image, head % out.heads, m - r.begin, count, x, VQVIT_F32, r.columns);
+            isa.quantize_head(codes);
+        }
+    }
+}
+
+// Codes of q, k and v. A task is a unit, the fewest panels that hold whole heads, of some rows: of a block of them for
+// q and k, of an image for v.
 void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int threads) {
     const vqvit_gemm& g = t.gemm;
     const int64_t d = out.head_dim, images = g.m / out.tokens, panels = ceil_div(g.n, kPanel);
-    const int64_t unit_panels = std::min(d / std::gcd<int64_t>(d, kPanel), panels);  // the fewest that hold whole heads
+    const int64_t unit_panels = std::min(d / std::gcd<int64_t>(d, kPanel), panels);
     const int64_t unit = unit_panels * kPanel, units = ceil_div(panels, unit_panels);
     const int64_t value_units = units - 2 * out.heads * d / unit, other_units = units - value_units;
     const int64_t bytes = row_bytes(isa, g.k) + unit * int64_t{sizeof(float)};
@@ -170,42 +230,18 @@ void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int thr
         const int64_t u = by_head ? within % 3 * value_units + within / 3 : longest_first;
         const bool values = u >= other_units, queries_alone = (u + 1) * unit <= out.heads * d;
         const int64_t block = by_head || values ? 0 : other / other_units, whole = rows.blocks == 1 ? 0 : 1 + block;
-        const int64_t begin = image * out.tokens, first = begin + (values ? 0 : rows.first(block));
-        const int64_t wanted = queries_alone ? out.queries : out.tokens;
-        const int64_t last = begin + std::min(values ? out.tokens : rows.last(block), wanted);
-        if (first >= last) return;
-        prepared.load(isa, t, image * (rows.blocks + 1) + (values ? 0 : whole), first, last);
 
-        GemmTask part = t;
-        if (!values && d == kPanel) {  // a panel is a head: its rows become codes where they are computed
-            const int64_t head = u % out.heads;
-            const HeadTask codes = out.head(static_cast<int>(u / out.heads), image, head, first - begin, 0, nullptr, 0, 0);
-            part.store = Store::kRowCodes;
-            part.out = codes.codes - first * d;
-            part.out_stride = d;
-            part.scale = codes.scale - first;
-            isa.gemm_panel(part, first, last, u, prepared.rows);
-            return;
-        }
-        const int64_t at_once = values ? last - first : std::min(step, last - first);
-        float* waiting = static_cast<float*>(scratch(Slot::kTile, at_once * unit * int64_t{sizeof(float)}));
-        part.out_stride = unit;
-        for (int64_t m = first; m < last; m += at_once) {
-            const int64_t end = std::min(m + at_once, last);
-            TileRows step_rows = prepared.rows;
-            step_rows.a += (m - first) * step_rows.stride;
-            part.out = waiting - m * unit - u * unit;  // rows and columns are counted from those of the matrix
-            for (int64_t p = u * unit_panels; p < std::min((u + 1) * unit_panels, panels); ++p) {
-                isa.gemm_panel(part, m, end, p, step_rows);
-            }
-            for (int64_t column = u * unit; column < std::min((u + 1) * unit, g.n); column += d) {
-                const int64_t head = column / d;
-                const float* x = waiting + (column - u * unit);
-                const int which = static_cast<int>(head / out.heads);
-                const int64_t count = which == 0 ? std::min(end, begin + out.queries) - m : end - m;
-                if (count <= 0) continue;
-                isa.quantize_head(out.head(which, image, head % out.heads, m - begin, count, x, VQVIT_F32, unit));
-            }
+        QkvRows r = {image, image * out.tokens, 0, 0, u * unit, unit};
+        r.first = r.begin + (values ? 0 : rows.first(block));
+        const int64_t end_of_block = r.begin + (values ? out.tokens : rows.last(block));
+        r.last = queries_alone ? std::min(end_of_block, r.begin + out.queries) : end_of_block;
+        if (r.first >= r.last) return;
+        prepared.load(isa, t, image * (rows.blocks + 1) + (values ? 0 : whole), r.first, end_of_block);
+        if (!values && d == kPanel) {
+            project_head(isa, t, out, r, prepared.rows);
+        } else {
+            const int64_t at_once = values ? r.last - r.first : std::min(step, r.last - r.first);
+            project_heads(isa, t, out, r, at_once, prepared.rows);
         }
     };
     parallel_for<PreparedRows>(images * tasks, macs(g), threads, task);
@@ -296,7 +332,7 @@ int vqvit_cpu_int8_linear_quantize(
     const Codes out = {codes, scale, zero_point, row_sum, nullptr, 0.0f, symmetric != 0};
     GemmTask t = gemm_task(g, Store::kFloat, nullptr, VQVIT_F32, threads);
     t.gemm.activation = VQVIT_NONE;  // the quantizer applies it, to whole rows in L1
-    RowBlocks rows(g.m, isa.tile_rows, threads, g.n * int64_t{sizeof(float)}, kWaitingRowBytes);
+    RowBlocks rows(g.m, isa.tile_rows, threads, g.n * int64_t{sizeof(float)}, waiting_row_bytes());
     rows.share_evenly(threads);
     if (rows.tiles() >= 4 * int64_t{threads}) {  // else whole rows would leave threads idle
         run_gemm_per_token(isa, t, g.activation, out, rows, threads);

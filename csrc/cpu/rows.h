@@ -107,7 +107,7 @@ inline typename V::F keep(typename V::F v, Extent extent) {
     return keep_or<V>(v, extent, V::set(0.0f));
 }
 
-// Rows that go through an op step by step together: one row's sums and divisions come in while the others are worked on.
+// Rows that go through an op step by step together: one row's sums and divisions pass behind work on the others.
 constexpr int kRowsAtOnce = 4;
 
 // Length of a buffer for rows of k elements: its last vector may be stored whole.

@@ -100,9 +100,9 @@ inline typename V::I to_codes(typename V::F x, typename V::F scale) {
     return V::to_int(V::min(V::set(kQMax), V::max(V::set(-kQMax), quotient)));
 }
 
-// The codes of x with |x| <= 127 scale, up to its rounding, by a multiplication and two fma in place of a division: y =
-// x · (1 / scale) is off by less than two last bits, and fma(remainder, 1 / scale, y) rounds to the integer that x / scale
-// rounds to. tests/quotients.cpp tries every mantissa of a scale at every tie.
+// The codes of x with |x| <= 127 scale, up to its rounding, by a multiplication and two fma in place of a division:
+// y = x · (1 / scale) is off by less than two last bits, and fma(remainder, 1 / scale, y) rounds to the integer that
+// x / scale rounds to. tests/quotients.cpp tries every mantissa of a scale at every tie.
 template <class V>
 struct Quotient {
     typename V::F reciprocal, minus_scale;

@@ -77,7 +77,7 @@ LoadedHead load_head(const AttentionTask& t, int64_t bh, HeadScratch& s) {
 // The logits of a tile's rows, in `HeadScratch::logits`, and what is known of them.
 template <class V, int Rows>
 struct LogitRows {
-    float factor[Rows];                       // α_q sm_scale log2 e
+    float factor[Rows];                         // α_q sm_scale log2 e
     alignas(64) float largest[Rows][V::lanes];  // by lane
 
     LogitRows(const float* q_scale, float logit_scale, int rows) {

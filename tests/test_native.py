@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import CASES
+from op_cases import CASES, block
 
 from vqvit import _build, native, reference
 from vqvit.backends import cpu
@@ -253,7 +253,7 @@ def test_library_shares_torch_openmp():
 def test_any_number_of_threads_gives_the_same_bits(threads):
     a, b = torch.randint(-127, 128, (100, 96), dtype=torch.int8), torch.randint(-127, 128, (200, 96), dtype=torch.int8)
     args = (a, torch.rand(100), cpu.pack_weight(b), torch.rand(200), torch.randn(200), "gelu")
-    block = CASES["int8_encoder_block"]["two_images"]()
+    operands_of_block = CASES["int8_encoder_block"]["two_images"]()
     projection = CASES["int8_linear_qkv"]["two_images"]()
     qkv = torch.randn(1, 150, 3 * 2 * 64)
     previous = torch.get_num_threads()
@@ -262,13 +262,13 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
         linear, quantized = cpu.int8_linear(*args), cpu.int8_linear_quantize(*args, row_sum=True)
         static = cpu.int8_linear_quantize(*args, out_scale=torch.tensor(0.1), row_sum=True)
         attention = cpu.int8_attention(*cpu.quantize_qkv(qkv, 2), 0.125)
-        whole, operands = cpu.int8_encoder_block(*block), cpu.int8_linear_qkv(*projection)
+        whole, operands = cpu.int8_encoder_block(*operands_of_block), cpu.int8_linear_qkv(*projection)
         per_group = cpu.int8_linear_quantize(*args, per_group=True)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(previous)
     assert torch.equal(linear, reference.int8_linear(*args))
-    assert torch.equal(whole, reference.int8_encoder_block(*block))
+    assert torch.equal(whole, reference.int8_encoder_block(*operands_of_block))
     for got, want in zip(operands, reference.int8_linear_qkv(*projection), strict=True):
         assert torch.equal(got, want)
     for got, want in zip(per_group, reference.int8_linear_quantize(*args, per_group=True), strict=True):
@@ -280,6 +280,20 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
     ):
         assert torch.equal(got, want)
     assert torch.equal(attention, reference.int8_attention(*reference.quantize_qkv(qkv, 2), 0.125))
+
+
+@needs_library
+@pytest.mark.parametrize("leading", [None, 2])
+def test_images_that_go_through_attention_in_parts_are_those_of_calls_alone(leading):
+    x, *operands = block(9, 197, 128, 2, 64, 256, leading=leading)
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1)  # six images a part
+    try:
+        whole = cpu.int8_encoder_block(x, *operands)
+        for image, want in zip(x.split(1), whole.split(1), strict=True):
+            assert torch.equal(cpu.int8_encoder_block(image, *operands), want)
+    finally:
+        torch.set_num_threads(previous)
 
 
 @needs_library

@@ -22,7 +22,7 @@ int main() {
             const V::I nearest = V::bits(V::mul(tie, divisor));
             for (int step = -kNeighbours; step <= kNeighbours; ++step) {
                 const V::F x = V::from_bits(V::add_i(nearest, V::set_i(step)));
-                const V::I same = _mm256_cmpeq_epi32(quotient.code(x), V::to_int(V::div(x, divisor)));
+                const V::I same = _mm256_cmpeq_epi32(quotient(x), V::to_int(V::div(x, divisor)));
                 wrong += 8 - __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(V::from_bits(same))));
             }
         }

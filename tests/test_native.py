@@ -180,7 +180,7 @@ def allocations(tmp_path_factory) -> Path:
 @needs_library
 def test_codes_need_no_division(tmp_path):
     if "avx2" not in cpu.available_isas():
-        pytest.skip("no AVX2")
+        pytest.skip("quotients.cpp is written for AVX2, which this CPU lacks")
     program, source = tmp_path / "quotients", Path(__file__).with_name("quotients.cpp")
     command = [_build.compiler(_build.CPU), *_build.CXX_FLAGS, f"-I{CSRC}", f"-I{CSRC / 'cpu'}", source]
     subprocess.run([*command, "-Wno-unused-function", "-o", program], check=True)
@@ -191,7 +191,7 @@ def test_codes_need_no_division(tmp_path):
 def test_products_stay_in_registers():
     """Compilers like to spill accumulators in the loops of AVX-512 tiles: half of their speed."""
     if shutil.which("objdump") is None or "avx512_vnni" not in cpu.available_isas():
-        pytest.skip("no objdump, or no AVX512-VNNI")
+        pytest.skip("needs objdump to read the library, and AVX512-VNNI, whose kernels it is about")
     listing = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", native.cpu()._name], capture_output=True, text=True, check=True
     ).stdout

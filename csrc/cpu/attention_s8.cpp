@@ -17,7 +17,6 @@ extern "C" int vqvit_cpu_int8_attention(
         q, k, v, q_scale, k_scale, v_scale, logit_scale, heads, queries, keys, head_dim, out, dtype,
     };
     // A thread packs the keys and values of a head once, so heads are cut only where whole ones leave threads idle.
-    constexpr int64_t kTasksPerThread = 16;
     const int64_t tiles = ceil_div(queries, isa.tile_rows);
     const int64_t wanted = ceil_div(threads * kTasksPerThread, batch * heads);
     const int64_t blocks = batch * heads % threads == 0 ? 1 : std::min(tiles, wanted);

@@ -94,8 +94,7 @@ struct LogitRows {
         const typename V::F row_factor = V::set(factor[r]);
         typename V::F most = V::load(largest[r]);
         for (int v = 0; v < N; ++v) {
-            const typename V::F scale = V::mul(row_factor, V::load(k_scale + v * V::lanes));
-            const typename V::F l = V::mul(scale, V::to_float(acc[v]));
+            const typename V::F l = logit(acc[v], row_factor, k_scale + v * V::lanes);
             V::store(logits + v * V::lanes, l);
             most = V::max(l, most);
         }
@@ -108,8 +107,7 @@ struct LogitRows {
         const typename V::F row_factor = V::set(factor[r]), lowest = V::set(-INFINITY);
         typename V::F most = V::load(largest[r]);
         for_vectors<V>(keys, [&](int64_t j, auto extent) {
-            const typename V::F scale = V::mul(row_factor, V::load(k_scale + j));
-            const typename V::F l = keep_or<V>(V::mul(scale, V::to_float(V::load_i(acc + j))), extent, lowest);
+            const typename V::F l = keep_or<V>(logit(V::load_i(acc + j), row_factor, k_scale + j), extent, lowest);
             V::store(logits + j, l);
             most = V::max(l, most);
         });
@@ -127,6 +125,11 @@ struct LogitRows {
             }
         }
         return top;
+    }
+
+private:
+    static typename V::F logit(typename V::I acc, typename V::F row_factor, const float* k_scale) {
+        return V::mul(V::mul(row_factor, V::load(k_scale)), V::to_float(acc));
     }
 };
 

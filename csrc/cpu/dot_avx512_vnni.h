@@ -24,12 +24,13 @@ struct DotAvx512Vnni {
         for (; k % kKGroup != 0; ++k) prepared[k] = 0;
     }
 
-    // finish(r, acc[r]) for each row of sums in registers. `ahead`: lines for L2, one a group.
+    // finish(r, acc[r]) for each row of sums in registers. `ahead`: lines for L2, one a group, or NULL.
     template <bool Signed, int R, int N, class Finish>
     __attribute__((always_inline)) static void accumulate(
         const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, const int32_t* sums,
         const int8_t* ahead, const Finish finish) {  // a copy: no store can alias what it holds
         const __m512i flip = _mm512_set1_epi8(static_cast<char>(128));
+        const int8_t* lines = ahead == nullptr ? panel : ahead;
         __m512i acc[R][N];
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
@@ -39,7 +40,7 @@ struct DotAvx512Vnni {
             for (int r = 0; r < R; ++r) acc[r][n] = start;
         }
         for (int64_t g = 0; g < groups; ++g) {
-            _mm_prefetch(reinterpret_cast<const char*>(ahead + g * kLineBytes), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(lines + g * kLineBytes), _MM_HINT_T1);
             __m512i b[N];
 #pragma GCC unroll 4
             for (int n = 0; n < N; ++n) b[n] = _mm512_loadu_si512(panel + g * vqvit::kGroupBytes + n * 64);
@@ -93,7 +94,7 @@ struct DotAvx512Vnni {
         int rows, int vectors, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups,
         const int32_t* sums, int32_t* out, int64_t out_stride, const int8_t* ahead = nullptr) {
         const Tile tile = sums != nullptr ? tile_of_shape<true>(rows, vectors) : tile_of_shape<false>(rows, vectors);
-        tile(a, a_stride, panel, groups, sums, out, out_stride, ahead == nullptr ? panel : ahead);
+        tile(a, a_stride, panel, groups, sums, out, out_stride, ahead);
     }
 
     // Inlined into a large function, its loops would spill.
@@ -101,20 +102,19 @@ struct DotAvx512Vnni {
     __attribute__((noinline)) static void finish_tile(
         int rows, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups, const int32_t* sums,
         const int8_t* ahead, const Finish& finish) {
-        const int8_t* lines = ahead == nullptr ? panel : ahead;
         switch (rows) {
             case 1:
-                return accumulate<true, 1, kTileVectors>(a, a_stride, panel, groups, sums, lines, finish);
+                return accumulate<true, 1, kTileVectors>(a, a_stride, panel, groups, sums, ahead, finish);
             case 2:
-                return accumulate<true, 2, kTileVectors>(a, a_stride, panel, groups, sums, lines, finish);
+                return accumulate<true, 2, kTileVectors>(a, a_stride, panel, groups, sums, ahead, finish);
             case 3:
-                return accumulate<true, 3, kTileVectors>(a, a_stride, panel, groups, sums, lines, finish);
+                return accumulate<true, 3, kTileVectors>(a, a_stride, panel, groups, sums, ahead, finish);
             case 4:
-                return accumulate<true, 4, kTileVectors>(a, a_stride, panel, groups, sums, lines, finish);
+                return accumulate<true, 4, kTileVectors>(a, a_stride, panel, groups, sums, ahead, finish);
             case 5:
-                return accumulate<true, 5, kTileVectors>(a, a_stride, panel, groups, sums, lines, finish);
+                return accumulate<true, 5, kTileVectors>(a, a_stride, panel, groups, sums, ahead, finish);
             default:
-                return accumulate<true, 6, kTileVectors>(a, a_stride, panel, groups, sums, lines, finish);
+                return accumulate<true, 6, kTileVectors>(a, a_stride, panel, groups, sums, ahead, finish);
         }
     }
 

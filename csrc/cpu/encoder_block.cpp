@@ -9,29 +9,18 @@
 namespace vqvit {
 namespace {
 
-// What a call computes: from x (batch, tokens, width) the first `leading` tokens of each image. `rows` are theirs.
+// What a call computes: from x (batch, tokens, width) the first `leading` tokens of each image, `rows` in all.
 struct BlockCall {
     const vqvit_encoder_block& block;
     const char* x;
-    int dtype, attended_dtype;
-    int64_t batch, tokens, leading, inner, rows;
+    int dtype;
+    int64_t batch, tokens, leading;
     int threads;
 
-    BlockCall(
-        const vqvit_encoder_block& b, const void* x, int dtype, int64_t batch, int64_t tokens, int64_t leading,
-        int threads)
-        : block(b),
-          x(static_cast<const char*>(x)),
-          dtype(dtype),
-          attended_dtype(b.attn_out_groups != 0 ? VQVIT_F32 : dtype),
-          batch(batch),
-          tokens(tokens),
-          leading(leading),
-          inner(b.heads * b.head_dim),
-          rows(batch * leading),
-          threads(threads) {}
-
+    int64_t rows() const { return batch * leading; }
+    int64_t inner() const { return block.heads * block.head_dim; }
     int64_t row_bytes() const { return block.width * dtype_size(dtype); }
+    int attended_dtype() const { return block.attn_out_groups != 0 ? VQVIT_F32 : dtype; }
 };
 
 int64_t scales_of_row(int32_t groups, int64_t columns) { return groups != 0 ? ceil_div(columns, kGroup) : 1; }
@@ -57,8 +46,8 @@ struct BlockScratch {
     explicit BlockScratch(const BlockCall& c) {
         constexpr int64_t kFloat = sizeof(float);
         const vqvit_encoder_block& b = c.block;
-        const int64_t attended_size = dtype_size(c.attended_dtype);
-        const int64_t image_bytes = c.tokens * (b.width + c.inner * (3 + attended_size));
+        const int64_t attended_size = dtype_size(c.attended_dtype());
+        const int64_t image_bytes = c.tokens * (b.width + c.inner() * (3 + attended_size));
         images = std::min(std::max<int64_t>(c.threads * kAttentionBytes / image_bytes, 1), c.batch);
         int64_t bytes = 0;
         const auto place = [&](int64_t size) {
@@ -66,22 +55,22 @@ struct BlockScratch {
             bytes += round_up(size, kLineBytes);
             return offset;
         };
-        const int64_t codes_at = place(c.rows * std::max(b.width, c.inner));
-        const int64_t scale_at = place(c.rows * scales_of_row(b.attn_out_groups, c.inner) * kFloat);
+        const int64_t codes_at = place(c.rows() * std::max(b.width, c.inner()));
+        const int64_t scale_at = place(c.rows() * scales_of_row(b.attn_out_groups, c.inner()) * kFloat);
         const int64_t shared = bytes;
         const int64_t normalized_at = place(images * c.tokens * b.width);
         const int64_t normalized_scale_at = place(images * c.tokens * kFloat);
         int64_t qkv_at[3], qkv_scale_at[3];
         for (int part = 0; part < 3; ++part) {
             const int64_t tokens = part == 0 ? c.leading : c.tokens;
-            qkv_at[part] = place(images * tokens * c.inner);
+            qkv_at[part] = place(images * tokens * c.inner());
             qkv_scale_at[part] = place(images * b.heads * (part == 2 ? b.head_dim : tokens) * kFloat);
         }
-        const int64_t attended_at = place(images * c.leading * c.inner * attended_size);
+        const int64_t attended_at = place(images * c.leading * c.inner() * attended_size);
         const int64_t attention_bytes = bytes;
         bytes = shared;
-        const int64_t hidden_at = place(c.rows * b.hidden);
-        const int64_t hidden_scale_at = place(c.rows * scales_of_row(b.fc2_groups, b.hidden) * kFloat);
+        const int64_t hidden_at = place(c.rows() * b.hidden);
+        const int64_t hidden_scale_at = place(c.rows() * scales_of_row(b.fc2_groups, b.hidden) * kFloat);
 
         char* base = static_cast<char*>(scratch(Slot::kBlock, std::max(bytes, attention_bytes)));
         const auto codes_from = [&](int64_t at) { return reinterpret_cast<int8_t*>(base + at); };
@@ -123,26 +112,26 @@ vqvit_gemm packed_gemm(
 void attend(const BlockCall& c, const BlockScratch& s, int64_t first, int64_t images) {
     const vqvit_encoder_block& b = c.block;
     const int64_t rows = images * c.tokens, out_rows = images * c.leading, first_out = first * c.leading;
-    int8_t* codes = s.codes + first_out * c.inner;
-    float* scale = s.scale + first_out * scales_of_row(b.attn_out_groups, c.inner);
+    int8_t* codes = s.codes + first_out * c.inner();
+    float* scale = s.scale + first_out * scales_of_row(b.attn_out_groups, c.inner());
 
     vqvit_cpu_layernorm_quantize(
         c.x + first * c.tokens * c.row_bytes(), c.dtype, nullptr, c.dtype, nullptr, b.norm1_weight, b.norm1_bias, rows,
         b.width, b.eps1, 0, b.qkv_delta, nullptr, s.normalized, s.normalized_scale, nullptr, nullptr, c.threads);
     project_qkv(
-        packed_gemm(s.normalized, s.normalized_scale, 0, b.qkv, b.qkv_scale, b.qkv_bias, rows, 3 * c.inner, b.width),
+        packed_gemm(s.normalized, s.normalized_scale, 0, b.qkv, b.qkv_scale, b.qkv_bias, rows, 3 * c.inner(), b.width),
         s.qkv, c.threads);
     const auto [q, k, v] = s.qkv.codes;
     const auto [q_scale, k_scale, v_scale] = s.qkv.scale;
     vqvit_cpu_int8_attention(
         q, k, v, q_scale, k_scale, v_scale, b.logit_scale, images, b.heads, c.leading, c.tokens, b.head_dim, s.attended,
-        c.attended_dtype, c.threads);
+        c.attended_dtype(), c.threads);
     if (b.attn_out_groups != 0) {
         vqvit_cpu_quantize_per_group(
-            s.attended, c.attended_dtype, out_rows, c.inner, nullptr, codes, scale, c.threads);
+            s.attended, c.attended_dtype(), out_rows, c.inner(), nullptr, codes, scale, c.threads);
     } else {
         vqvit_cpu_quantize(
-            s.attended, c.attended_dtype, out_rows, c.inner, nullptr, nullptr, b.attn_out_delta, 1, codes, scale,
+            s.attended, c.attended_dtype(), out_rows, c.inner(), nullptr, nullptr, b.attn_out_delta, 1, codes, scale,
             nullptr, nullptr, c.threads);
     }
 }
@@ -168,14 +157,14 @@ extern "C" int vqvit_cpu_int8_encoder_block(
     const vqvit_encoder_block& b = *block;
     if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (!known_activation(b.activation)) return VQVIT_UNKNOWN_ACTIVATION;
-    const BlockCall c(b, x, dtype, batch, tokens, leading_tokens, threads);
-    if (c.rows == 0) return VQVIT_OK;
+    const BlockCall c = {b, static_cast<const char*>(x), dtype, batch, tokens, leading_tokens, threads};
+    if (c.rows() == 0) return VQVIT_OK;
     const BlockScratch s(c);
 
     // out = x + layer_scale1 ∘ attention(LN1(x)) attn_outᵀ
     for (int64_t i = 0; i < batch; i += s.images) attend(c, s, i, std::min(s.images, batch - i));
     vqvit_gemm attn_out = packed_gemm(
-        s.codes, s.scale, b.attn_out_groups, b.attn_out, b.attn_out_scale, b.attn_out_bias, c.rows, b.width, c.inner);
+        s.codes, s.scale, b.attn_out_groups, b.attn_out, b.attn_out_scale, b.attn_out_bias, c.rows(), b.width, c.inner());
     attn_out.layer_scale = b.layer_scale1;
     attn_out.residual = residual_rows(c, out);
     attn_out.residual_dtype = dtype;
@@ -183,14 +172,14 @@ extern "C" int vqvit_cpu_int8_encoder_block(
 
     // out += layer_scale2 ∘ act(LN2(out) fc1ᵀ) fc2ᵀ
     vqvit_cpu_layernorm_quantize(
-        out, dtype, nullptr, dtype, nullptr, b.norm2_weight, b.norm2_bias, c.rows, b.width, b.eps2, 0, b.fc1_delta,
+        out, dtype, nullptr, dtype, nullptr, b.norm2_weight, b.norm2_bias, c.rows(), b.width, b.eps2, 0, b.fc1_delta,
         nullptr, s.codes, s.scale, nullptr, nullptr, threads);
-    vqvit_gemm fc1 = packed_gemm(s.codes, s.scale, 0, b.fc1, b.fc1_scale, b.fc1_bias, c.rows, b.hidden, b.width);
+    vqvit_gemm fc1 = packed_gemm(s.codes, s.scale, 0, b.fc1, b.fc1_scale, b.fc1_bias, c.rows(), b.hidden, b.width);
     fc1.activation = b.activation;
     vqvit_cpu_int8_linear_quantize(
         &fc1, nullptr, 1, b.fc2_groups, s.hidden, s.hidden_scale, nullptr, nullptr, threads);
     vqvit_gemm fc2 = packed_gemm(
-        s.hidden, s.hidden_scale, b.fc2_groups, b.fc2, b.fc2_scale, b.fc2_bias, c.rows, b.width, b.hidden);
+        s.hidden, s.hidden_scale, b.fc2_groups, b.fc2, b.fc2_scale, b.fc2_bias, c.rows(), b.width, b.hidden);
     fc2.layer_scale = b.layer_scale2;
     fc2.residual = out;
     fc2.residual_dtype = dtype;

@@ -17,8 +17,9 @@ namespace {
 // AVX-512 (1 MiB) and then some, so that the panel (196 KiB at K = 3072) stays too.
 constexpr int64_t kRowBlockBytes = 256 * 1024;
 
-// fp32 rows of int8_linear_quantize that wait for their maximum take 5/8 of L2, and leave the rest to weights and codes:
-// on Zen 5, with 1 MiB, 640 KiB beat 384 by 2 % of fc1, and 192 lost 8 %, because weights then come from L3 more often.
+// fp32 rows of int8_linear_quantize that wait for their maximum take 5/8 of L2, and leave the rest to weights and
+// codes: on Zen 5, with 1 MiB, 640 KiB beat 384 by 2 % of fc1, and 192 lost 8 %, because weights then come from L3 more
+// often.
 int64_t waiting_row_bytes() {
     static const int64_t bytes = [] {
         int64_t l2 = 0;
@@ -36,9 +37,6 @@ constexpr int64_t kRowGap = kLineBytes / int64_t{sizeof(float)};
 // fp32 rows of int8_linear_qkv that wait for their heads to be whole, in L1 beside a tile's row of weights.
 constexpr int64_t kWaitingTileBytes = 12 * 1024;
 
-// Tasks a thread should find, so that the last one to finish keeps the others waiting for 3 % of the time at most.
-constexpr int64_t kTasksPerThread = 16;
-
 int64_t row_bytes(const Kernels& isa, int64_t k) { return ceil_div(k, kKGroup) * isa.a_group_bytes; }
 
 int64_t macs(const vqvit_gemm& g) { return g.m * g.n * g.k; }
@@ -52,10 +50,9 @@ struct RowBlocks {
         const int64_t fitting = std::max<int64_t>(block_bytes / (bytes_per_row * tile_rows), 1);
         blocks = std::min(std::max(ceil_div(tiles(), fitting), at_least), tiles());
     }
-    // As many blocks for each thread, if each gets a few tiles.
+    // As many blocks for each thread, and as many rows if `keep_busy`.
     void share_evenly(int threads) {
-        constexpr int64_t kTilesPerThread = 4;
-        if (tiles() < threads * kTilesPerThread) {
+        if (!keep_busy(threads)) {
             blocks = std::min(round_up(blocks, threads), tiles());
             return;
         }
@@ -64,6 +61,8 @@ struct RowBlocks {
     }
 
     int64_t tiles() const { return ceil_div(rows, tile_rows); }
+    // Whether there are a few tiles for each thread.
+    bool keep_busy(int threads) const { return tiles() >= 4 * int64_t{threads}; }
     int64_t first(int64_t i) const {
         const int64_t per_share = blocks / shares, share = i / per_share;
         const int64_t begin = block_start(share, shares, rows), end = block_start(share + 1, shares, rows);
@@ -334,7 +333,7 @@ int vqvit_cpu_int8_linear_quantize(
     t.gemm.activation = VQVIT_NONE;  // the quantizer applies it, to whole rows in L1
     RowBlocks rows(g.m, isa.tile_rows, threads, g.n * int64_t{sizeof(float)}, waiting_row_bytes());
     rows.share_evenly(threads);
-    if (rows.tiles() >= 4 * int64_t{threads}) {  // else whole rows would leave threads idle
+    if (rows.keep_busy(threads)) {  // else whole rows would leave threads idle
         run_gemm_per_token(isa, t, g.activation, out, rows, threads);
         return VQVIT_OK;
     }

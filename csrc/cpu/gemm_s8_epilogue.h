@@ -109,18 +109,12 @@ inline void store_static_codes(typename V::F (&y)[N], const GemmTask& t, const P
     if (t.row_sum != nullptr) __atomic_fetch_add(t.row_sum + m, sum_codes(codes, c.count), __ATOMIC_RELAXED);
 }
 
-// The largest magnitudes, as bits, of vectors.
-template <class V, int N>
-inline typename V::I largest_magnitudes(const typename V::F (&y)[N]) {
-    typename V::I largest = magnitude_bits<V>(y[0]);
-    for (int v = 1; v < N; ++v) largest = V::max_i(largest, magnitude_bits<V>(y[v]));
-    return largest;
-}
-
 // Codes of row m with a scale of its own, where the panel is all of it: a head of q or k.
 template <class V, int N>
 inline void store_row_codes(const typename V::F (&y)[N], const GemmTask& t, int64_t m) {
-    const int32_t largest = V::reduce_max_i(largest_magnitudes<V>(y));
+    typename V::I magnitudes = magnitude_bits<V>(y[0]);
+    for (int v = 1; v < N; ++v) magnitudes = V::max_i(magnitudes, magnitude_bits<V>(y[v]));
+    const int32_t largest = V::reduce_max_i(magnitudes);
     t.scale[m] = largest < kInfinityBits ? symmetric_scale(from_bits(largest)) : NAN;
     int8_t* codes = static_cast<int8_t*>(t.out) + m * t.out_stride;
     const typename V::F scale = V::set(t.scale[m]);

@@ -16,6 +16,9 @@ namespace vqvit {
 constexpr int64_t kSerialWork = int64_t{1} << 19;
 constexpr int64_t kRowOperations = 32;
 
+// Tasks a thread should find, so that the last one to finish keeps the others waiting for 3 % of the time at most.
+constexpr int64_t kTasksPerThread = 16;
+
 // Tasks [next, end) that are not taken yet, on a cache line of their own.
 struct alignas(64) Share {
     std::atomic<int64_t> next;

@@ -176,20 +176,11 @@ float row_variance(const float* row, int64_t k, float mean, int exponent) {
     return grid_mean(V::reduce_add_l(sum), k, exponent, 2);
 }
 
-template <class V>
-void encode_row(const float* row, int64_t k, float scale, int8_t* codes) {
-    const typename V::F divisor = V::set(scale);
+// codes[i] = code(row[i]).
+template <class V, class Code>
+void encode_row(const float* row, int64_t k, int8_t* codes, const Code& code) {
     for_vectors<V>(k, [&](int64_t i, auto extent) {
-        store_codes<V>(codes + i, to_codes<V>(load_row<V>(row, i, extent), divisor), extent);
-    });
-}
-
-// Codes of a row whose largest magnitude is at most 127 scale, up to its rounding.
-template <class V>
-void encode_bounded_row(const float* row, int64_t k, float scale, int8_t* codes) {
-    const Quotient<V> quotient(scale);
-    for_vectors<V>(k, [&](int64_t i, auto extent) {
-        store_codes<V>(codes + i, quotient.code(load_row<V>(row, i, extent)), extent);
+        store_codes<V>(codes + i, code(load_row<V>(row, i, extent)), extent);
     });
 }
 
@@ -207,9 +198,8 @@ void encode_row_asymmetric(const float* row, int64_t k, int8_t* codes, float* sc
     *zero_point = -static_cast<int32_t>(kQMax) - static_cast<int32_t>(std::lrintf(lowest / *scale));
     const typename V::F divisor = V::set(*scale);
     const typename V::I shift = V::set_i(*zero_point);
-    for_vectors<V>(k, [&](int64_t i, auto extent) {
-        const typename V::I quotient = V::to_int(V::div(load_row<V>(row, i, extent), divisor));
-        store_codes<V>(codes + i, clamp_codes<V>(V::add_i(quotient, shift)), extent);
+    encode_row<V>(row, k, codes, [=](typename V::F x) {
+        return clamp_codes<V>(V::add_i(V::to_int(V::div(x, divisor)), shift));
     });
 }
 
@@ -224,7 +214,7 @@ template <class V>
 void quantize_row(const Row& row, int64_t k, const Codes& out, int64_t m) {
     int8_t* codes = out.codes + m * k;
     if (out.static_scale != nullptr) {
-        encode_row<V>(row.x, k, *out.static_scale, codes);
+        encode_row<V>(row.x, k, codes, ClampedQuotient<V>(*out.static_scale));
         out.scale[m] = row.finite() ? *out.static_scale : NAN;
     } else if (!row.finite()) {  // poison shows in the scale
         std::memset(codes, 0, static_cast<size_t>(k));
@@ -239,9 +229,9 @@ void quantize_row(const Row& row, int64_t k, const Codes& out, int64_t m) {
         }
         out.scale[m] = symmetric_scale(span);
         if (out.delta < 0.0f) {
-            encode_row<V>(row.x, k, out.scale[m], codes);
+            encode_row<V>(row.x, k, codes, ClampedQuotient<V>(out.scale[m]));
         } else {
-            encode_bounded_row<V>(row.x, k, out.scale[m], codes);
+            encode_row<V>(row.x, k, codes, Quotient<V>(out.scale[m]));
         }
     } else {
         encode_row_asymmetric<V>(row.x, k, codes, out.scale + m, out.zero_point + m);

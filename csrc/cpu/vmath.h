@@ -100,6 +100,16 @@ inline typename V::I to_codes(typename V::F x, typename V::F scale) {
     return V::to_int(V::min(V::set(kQMax), V::max(V::set(-kQMax), quotient)));
 }
 
+// The codes of any x.
+template <class V>
+struct ClampedQuotient {
+    typename V::F divisor;
+
+    explicit ClampedQuotient(float scale) : divisor(V::set(scale)) {}
+
+    typename V::I operator()(typename V::F x) const { return to_codes<V>(x, divisor); }
+};
+
 // The codes of x with |x| <= 127 scale, up to its rounding, by a multiplication and two fma in place of a division:
 // y = x · (1 / scale) is off by less than two last bits, and fma(remainder, 1 / scale, y) rounds to the integer that
 // x / scale rounds to. tests/quotients.cpp tries every mantissa of a scale at every tie.
@@ -109,7 +119,7 @@ struct Quotient {
 
     explicit Quotient(float scale) : reciprocal(V::set(1.0f / scale)), minus_scale(V::set(-scale)) {}
 
-    typename V::I code(typename V::F x) const {
+    typename V::I operator()(typename V::F x) const {
         const typename V::F y = V::mul(x, reciprocal), remainder = V::fma(y, minus_scale, x);
         return V::to_int(V::fma(remainder, reciprocal, y));
     }

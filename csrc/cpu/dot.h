@@ -11,6 +11,8 @@
 //                     cache lines that tiles will read soon, a hint, or NULL
 //   finish_tile       if kFinishesTiles: finish(r, sums of row r) for every row of a tile of s8 codes and all columns
 //                     of a panel, from the registers that hold the sums; `ahead` as of `tile`
+//   kPreparesPanels   GEMMs of many rows run on panels in another form, by `panel_bytes`, `prepare_panel`,
+//                     `row_bytes`, `prepare_rows` and `gemm_tile` (dot_avx2.h)
 //   pack_panel        one panel from rows of b: see pack_panel_portable
 //   pack_transposed   one panel from columns of b, without sums: see pack_transposed_portable
 #pragma once
@@ -64,6 +66,7 @@ struct DotScalar {
     static constexpr bool kReadsU8 = false;
     static constexpr bool kReadsS8 = false;
     static constexpr bool kFinishesTiles = false;
+    static constexpr bool kPreparesPanels = false;
 
     template <class Code>  // int8_t or uint8_t
     static void prepare(const Code* row, int64_t k, uint8_t* prepared) {

@@ -15,6 +15,7 @@ struct DotAvxVnni {
     static constexpr bool kReadsU8 = true;
     static constexpr bool kReadsS8 = false;
     static constexpr bool kFinishesTiles = false;
+    static constexpr bool kPreparesPanels = false;
 
     static void prepare(const int8_t* row, int64_t k, uint8_t* prepared) {
         constexpr int kOffset = 128;

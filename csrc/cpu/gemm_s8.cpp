@@ -31,13 +31,14 @@ int64_t waiting_row_bytes() {
     return bytes;
 }
 
+// Panels are prepared for so many tiles of rows or more: a pass over the weights, which fewer rows do not repay.
+constexpr int64_t kPreparedTiles = 4;
+
 // Between such rows: a cache line that keeps rows of widths that are powers of two out of each other's way.
 constexpr int64_t kRowGap = kLineBytes / int64_t{sizeof(float)};
 
 // fp32 rows of int8_linear_qkv that wait for their heads to be whole, in L1 beside a tile's row of weights.
 constexpr int64_t kWaitingTileBytes = 12 * 1024;
-
-int64_t row_bytes(const Kernels& isa, int64_t k) { return ceil_div(k, kKGroup) * isa.a_group_bytes; }
 
 int64_t macs(const vqvit_gemm& g) { return g.m * g.n * g.k; }
 
@@ -81,12 +82,12 @@ struct PreparedRows {
         block = index;
         const vqvit_gemm& g = t.gemm;
         const bool as_they_are = isa.reads_s8 && g.k % kKGroup == 0;
-        rows.stride = as_they_are ? g.a_stride : row_bytes(isa, g.k);
+        rows.stride = as_they_are ? g.a_stride : isa.row_bytes(g.k);
         const auto rows_of = [&](const int8_t* a, Slot slot) -> const uint8_t* {
             if (a == nullptr) return nullptr;
             if (as_they_are) return reinterpret_cast<const uint8_t*>(a + first * g.a_stride);
-            void* prepared = scratch(slot, (last - first) * rows.stride);
-            isa.prepare_a(a, g.a_stride, g.k, first, last, prepared);
+            void* prepared = scratch(slot, round_up(last - first, isa.tile_rows) * rows.stride);
+            isa.prepare_a(a, g.a_stride, g.k, first, last, t.prepared_panels != nullptr, prepared);
             return static_cast<const uint8_t*>(prepared);
         };
         rows.a = rows_of(g.a, Slot::kA);
@@ -99,7 +100,7 @@ void run_gemm(const Kernels& isa, const GemmTask& t, int threads) {
     const vqvit_gemm& g = t.gemm;
     if (g.m == 0 || g.n == 0) return;
     const int64_t panels = ceil_div(g.n, kPanel), busy = ceil_div(threads * kTasksPerThread, panels);
-    RowBlocks rows(g.m, isa.tile_rows, busy, row_bytes(isa, g.k), kRowBlockBytes);
+    RowBlocks rows(g.m, isa.tile_rows, busy, isa.row_bytes(g.k), kRowBlockBytes);
     rows.share_evenly(threads);
     const auto task = [&](PreparedRows& prepared, int64_t i) {
         const int64_t block = i / panels, first = rows.first(block), last = rows.last(block);
@@ -136,7 +137,7 @@ void run_gemm_per_group(const Kernels& isa, const GemmTask& t, int8_t* codes, fl
     const vqvit_gemm& g = t.gemm;
     constexpr int64_t kPanels = kGroup / kPanel;
     const int64_t groups = ceil_div(g.n, kGroup), panels = ceil_div(g.n, kPanel);
-    const int64_t bytes = row_bytes(isa, g.k) + kGroup * int64_t{sizeof(float)};
+    const int64_t bytes = isa.row_bytes(g.k) + kGroup * int64_t{sizeof(float)};
     const RowBlocks rows(g.m, isa.tile_rows, ceil_div(threads * kTasksPerThread, groups), bytes, kRowBlockBytes);
     const auto task = [&](PreparedRows& prepared, int64_t i) {
         const int64_t group = i % groups, first = rows.first(i / groups), last = rows.last(i / groups);
@@ -214,7 +215,7 @@ void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int thr
     const int64_t unit_panels = std::min(d / std::gcd<int64_t>(d, kPanel), panels);
     const int64_t unit = unit_panels * kPanel, units = ceil_div(panels, unit_panels);
     const int64_t value_units = units - 2 * out.heads * d / unit, other_units = units - value_units;
-    const int64_t bytes = row_bytes(isa, g.k) + unit * int64_t{sizeof(float)};
+    const int64_t bytes = isa.row_bytes(g.k) + unit * int64_t{sizeof(float)};
     const int64_t busy = ceil_div(threads * kTasksPerThread, images * units);
     const RowBlocks rows(out.tokens, isa.tile_rows, busy, bytes, kRowBlockBytes);
     const int64_t tiles_in_l1 = kWaitingTileBytes / (unit * isa.tile_rows * int64_t{sizeof(float)});
@@ -254,10 +255,23 @@ const int8_t* panels_of(const int8_t* b, bool packed, const vqvit_gemm& g, Slot 
     return panels;
 }
 
+// Panels in the form that many rows are faster with, or NULL.
+const int8_t* prepared_panels_of(const int8_t* panels, const vqvit_gemm& g, int threads) {
+    const Kernels& isa = kernels();
+    if (isa.prepare_panel == nullptr || g.m < kPreparedTiles * isa.tile_rows) return nullptr;
+    const int64_t count = ceil_div(g.n, kPanel), bytes = isa.prepared_panel_bytes(g.k);
+    int8_t* prepared = static_cast<int8_t*>(scratch(Slot::kPreparedPanels, count * bytes));
+    parallel_for<Stateless>(count, g.n * g.k, threads, [&](Stateless&, int64_t p) {
+        isa.prepare_panel(panels + p * panel_bytes(g.k), g.k, prepared + p * bytes);
+    });
+    return prepared;
+}
+
 GemmTask gemm_task(const vqvit_gemm& g, Store store, void* out, int dtype, int threads) {
     GemmTask t = {};
     t.gemm = g;
     t.panels = panels_of(g.b, g.b_packed != 0, g, Slot::kPanels, threads);
+    t.prepared_panels = prepared_panels_of(t.panels, g, threads);
     t.store = store;
     t.out = out;
     t.dtype = dtype;
@@ -359,6 +373,7 @@ int vqvit_cpu_int8_linear_compensated(
     if (terms < 0 || terms > 7) return VQVIT_UNKNOWN_MODE;
     GemmTask t = gemm_task(*gemm, Store::kFloat, y, dtype, threads);
     t.terms = terms;
+    t.prepared_panels = nullptr;  // codes of remainders are spread evenly: their sums do not stay small
     t.first_order = first_order;
     t.second_order = second_order;
     if ((terms & (1 | 4)) != 0) t.a_residual = a_residual;

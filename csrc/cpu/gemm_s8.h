@@ -11,6 +11,23 @@
 namespace vqvit {
 namespace {
 
+// One tile of Σ_k a b over `groups` groups from `first_group` on. `a`: prepared rows; `panel`: that of t.panels or of
+// its residual's; `sums`, `ahead`: as of a Dot's tile.
+template <class Dot>
+inline void multiply_tile(
+    const GemmTask& t, int rows, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t panel_index,
+    int64_t first_group, int64_t groups, const int32_t* sums, int32_t* out, const int8_t* ahead) {
+    if constexpr (Dot::kPreparesPanels) {
+        const int64_t k = t.gemm.k, at = panel_index * Dot::panel_bytes(k);
+        const int8_t* prepared = t.prepared_panels == nullptr ? nullptr : t.prepared_panels + at;
+        Dot::gemm_tile(rows, a, k, panel, prepared, first_group, groups, out);
+    } else {
+        Dot::tile(
+            rows, kTileVectors, a + first_group * Dot::kGroupBytes, a_stride, panel + first_group * kGroupBytes, groups,
+            sums, out, kPanel, ahead);
+    }
+}
+
 // Σ_k b of each column of a panel and each kGroup rows of b: (⌈k / kGroup⌉, 64), in this thread's scratch.
 template <class Dot>
 const int32_t* group_column_sums(const int8_t* panel, int64_t k) {
@@ -31,18 +48,19 @@ const int32_t* group_column_sums(const int8_t* panel, int64_t k) {
 // on; `out` (rows, 64): fp32; `ahead`: as of a tile of all columns.
 template <class V, class Dot>
 void add_groups(
-    const vqvit_gemm& g, int64_t m, int rows, const uint8_t* a, int64_t a_stride, const int8_t* panel,
-    const int32_t* sums, float* out, const int8_t* ahead) {
-    constexpr int64_t kRowBytes = kGroup / kKGroup * Dot::kGroupBytes, kPanelBytes = kGroup / kKGroup * kGroupBytes;
+    const GemmTask& t, int64_t m, int rows, const uint8_t* a, int64_t a_stride, const int8_t* panel,
+    int64_t panel_index, const int32_t* sums, float* out, const int8_t* ahead) {
+    constexpr int64_t kGroupsOfScale = kGroup / kKGroup;
+    const vqvit_gemm& g = t.gemm;
     const int64_t scales = ceil_div(g.k, kGroup);
     alignas(64) int32_t acc[Dot::kRows * kPanel];
     std::memset(out, 0, static_cast<size_t>(rows) * kPanel * sizeof(float));
-    for (int64_t i = 0; i < scales; ++i, a += kRowBytes, panel += kPanelBytes) {
+    for (int64_t i = 0; i < scales; ++i) {
         const int64_t groups = ceil_div(smaller(g.k - i * kGroup, kGroup), kKGroup);
         const int32_t* group_sums = sums == nullptr ? nullptr : sums + i * kPanel;
         const float* scale_of_rows = g.a_scale + m * scales + i;
         if constexpr (Dot::kFinishesTiles) {
-            const int8_t* lines = ahead == nullptr ? nullptr : ahead + i * (kGroup / kKGroup) * kLineBytes;
+            const int8_t* lines = ahead == nullptr ? nullptr : ahead + i * kGroupsOfScale * kLineBytes;
             const auto add = [=](int r, const typename V::I(&sums)[kPanel / V::lanes]) __attribute__((always_inline)) {
                 const typename V::F scale = V::set(scale_of_rows[r * scales]);
                 float* row = out + r * kPanel;
@@ -50,10 +68,13 @@ void add_groups(
                     V::store(row, V::fma(V::to_float(sums[v]), scale, V::load(row)));
                 }
             };
-            Dot::finish_tile(rows, a, a_stride, panel, groups, group_sums, lines, add);
+            Dot::finish_tile(
+                rows, a + i * kGroupsOfScale * Dot::kGroupBytes, a_stride, panel + i * kGroupsOfScale * kGroupBytes,
+                groups, group_sums, lines, add);
             continue;
         }
-        Dot::tile(rows, kTileVectors, a, a_stride, panel, groups, group_sums, acc, kPanel);
+        multiply_tile<Dot>(
+            t, rows, a, a_stride, panel, panel_index, i * kGroupsOfScale, groups, group_sums, acc, nullptr);
         for (int r = 0; r < rows; ++r) {
             const typename V::F scale = V::set(scale_of_rows[r * scales]);
 #pragma GCC unroll 8
@@ -94,7 +115,7 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
         const int64_t tile = (m - first) / Dot::kRows;
         if (grouped) {
             const int8_t* b = t.panels + offset;
-            add_groups<V, Dot>(t.gemm, m, count, at.a, at.stride, b, group_sums, sums, next_panel(b, tile));
+            add_groups<V, Dot>(t, m, count, at.a, at.stride, b, panel, group_sums, sums, next_panel(b, tile));
             if (plain) {
                 finish_plain_tile<V>(t, columns, m, count, sums);
             } else {
@@ -114,9 +135,9 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
         for (int i = 0; wanted >> i != 0; ++i) {
             if ((wanted >> i & 1) == 0) continue;
             const int8_t* b = right[i] + offset;
-            Dot::tile(
-                count, kTileVectors, left[i], at.stride, b, groups, column_sums(b, groups), products + i * kTile,
-                kPanel, next_panel(b, tile));
+            multiply_tile<Dot>(
+                t, count, left[i], at.stride, b, panel, 0, groups, column_sums(b, groups), products + i * kTile,
+                next_panel(b, tile));
         }
         if (t.store == Store::kInt32) {
             store_products(t, columns, m, count, products);
@@ -129,10 +150,42 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
 }
 
 template <class Dot>
-void prepare_a(const int8_t* a, int64_t a_stride, int64_t k, int64_t first, int64_t last, void* prepared) {
-    const int64_t stride = ceil_div(k, kKGroup) * Dot::kGroupBytes;
-    for (int64_t m = first; m < last; ++m) {
-        Dot::prepare(a + m * a_stride, k, static_cast<uint8_t*>(prepared) + (m - first) * stride);
+int64_t row_bytes(int64_t k) {
+    if constexpr (Dot::kPreparesPanels) {
+        return Dot::row_bytes(k);
+    } else {
+        return ceil_div(k, kKGroup) * Dot::kGroupBytes;
+    }
+}
+
+template <class Dot>
+void prepare_a(
+    const int8_t* a, int64_t a_stride, int64_t k, int64_t first, int64_t last, [[maybe_unused]] bool for_prepared,
+    void* prepared) {
+    const int64_t stride = row_bytes<Dot>(k);
+    uint8_t* target = static_cast<uint8_t*>(prepared);
+    if constexpr (Dot::kPreparesPanels) {
+        for (int64_t m = first; m < last; m += Dot::kRows, target += Dot::kRows * stride) {
+            const int rows = static_cast<int>(smaller(last - m, Dot::kRows));
+            Dot::prepare_rows(a + m * a_stride, a_stride, rows, k, for_prepared, target);
+        }
+    } else {
+        for (int64_t m = first; m < last; ++m, target += stride) Dot::prepare(a + m * a_stride, k, target);
+    }
+}
+
+// How an instruction set prepares panels, if it does.
+struct PanelPreparation {
+    int64_t (*bytes)(int64_t k) = nullptr;
+    void (*prepare)(const int8_t* panel, int64_t k, int8_t* prepared) = nullptr;
+};
+
+template <class Dot>
+constexpr PanelPreparation panel_preparation() {
+    if constexpr (Dot::kPreparesPanels) {
+        return {Dot::panel_bytes, Dot::prepare_panel};
+    } else {
+        return {};
     }
 }
 

@@ -94,8 +94,9 @@ enum class Store { kInt32, kFloat, kStaticCodes, kRowCodes };
 // A GEMM whose weights are packed panels, and where its tiles go.
 struct GemmTask {
     vqvit_gemm gemm;
-    const int8_t* panels;     // of b
-    const int8_t* a_residual;  // compensated only: second operands, or NULL
+    const int8_t* panels;           // of b
+    const int8_t* prepared_panels;  // of b, by `Kernels::prepare_panel`, or NULL
+    const int8_t* a_residual;       // compensated only: second operands, or NULL
     const int8_t* residual_panels;
     int terms;  // bit set of vqvit_cpu_int8_linear_compensated; 0: a plain GEMM
     float first_order, second_order;
@@ -165,9 +166,8 @@ struct TileRows {
 struct Kernels {
     const char* name;
     bool (*supported)();
-    int64_t tile_rows;      // rows that a GEMM tile computes at once
-    int64_t a_group_bytes;  // bytes of four input channels of one row, prepared for the tile
-    bool reads_s8;       // a tile takes rows of codes that are whole groups without preparation
+    int64_t tile_rows;  // rows that a GEMM tile computes at once
+    bool reads_s8;      // a tile takes rows of codes that are whole groups without preparation
 
     void (*quantize_rows)(const QuantizeRows&, int64_t first, int64_t last);
     void (*quantize_groups)(const QuantizeGroups&, int64_t first, int64_t last);
@@ -176,8 +176,14 @@ struct Kernels {
     void (*patchify_rows)(const Patchify&, int64_t first, int64_t last);
 
     void (*pack_panel)(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel);
-    // Rows [first, last) of a, (·, k) with a_stride, as the tile reads them.
-    void (*prepare_a)(const int8_t* a, int64_t a_stride, int64_t k, int64_t first, int64_t last, void* prepared);
+    // Rows [first, last) of a, (·, k) with a_stride, as the tiles read them: row_bytes(k) for each row of whole tiles.
+    // `for_prepared`: the task has prepared panels.
+    int64_t (*row_bytes)(int64_t k);
+    void (*prepare_a)(
+        const int8_t* a, int64_t a_stride, int64_t k, int64_t first, int64_t last, bool for_prepared, void* prepared);
+    // A packed panel in a form that many rows are faster with, of prepared_panel_bytes(k); NULL: there is none.
+    int64_t (*prepared_panel_bytes)(int64_t k);
+    void (*prepare_panel)(const int8_t* panel, int64_t k, int8_t* prepared);
     // Rows [first, last) of one panel; `rows` starts at the first.
     void (*gemm_panel)(const GemmTask&, int64_t first, int64_t last, int64_t panel, const TileRows& rows);
 

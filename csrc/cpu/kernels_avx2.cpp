@@ -4,9 +4,12 @@
 // What other files share comes before the pragma: none of it may be compiled for AVX2.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <limits>
 
 #include "kernels.h"
 #include "scratch.h"

@@ -1,0 +1,318 @@
+// Int8 products without VNNI at 32 a vpmaddubsw: sums stay in int16 for a chunk of 16 input channels, exactly.
+//
+//   Σ_k a b = Σ_chunks Σ_lanes s16 + Σ_extras e b        s16 = -128 Σ a' + Σ a' (b + 128)     modulo 2^16
+//
+// vpmaddubsw multiplies u8 by s8 and adds pairs with saturation, then int16 sums wrap. Neither may change a result:
+//   pairs   a = a' + e with |a'[2i] + a'[2i+1]| <= 128, so that no pair of products b + 128 <= 255 can saturate. What
+//           exceeds that, e, is an extra: one group of one row, multiplied by itself. Codes of a trained ViT have 0.1 to
+//           3 % of such groups.
+//   chunks  a lane sums 8 products of a column; |Σ a' b| <= ‖a'‖ ‖b‖ (Cauchy-Schwarz). Where the largest norms of a
+//           chunk's rows and columns allow more than int16 holds, the chunk is summed in int32: of ViTs' layers, up to
+//           5 % of all chunks.
+// Tiles of rows with too many extras keep the int16 codes of dot_avx2.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "dot.h"
+
+namespace vqvit {
+namespace {
+
+constexpr int64_t kChunk = 16;             // input channels
+constexpr int64_t kChunkGroups = kChunk / kKGroup;
+constexpr int kStrip = 16;                 // columns of a tile
+constexpr int64_t kStripGroup = kStrip * kKGroup;  // bytes of a group of a strip
+constexpr int64_t kStripChunk = kChunkGroups * kStripGroup;
+constexpr int kStrips = kPanel / kStrip;
+constexpr int kTileRows = 6;  // x 16 columns: 12 sums, 2 weights, 1 group of codes, 1 product: 16 registers
+constexpr int kPairLimit = 128;
+constexpr int64_t kNormLanes = 8;          // norms are compared so many at once
+
+// ‖a‖² ‖b‖² below which a lane's sum is within int16. Squares of -128 count as 128 · 127.
+constexpr float kNormBound = 32767.0f * 32767.0f * (127.0f / 128.0f) * (127.0f / 128.0f) * 0.9999f;
+
+// A panel: its strips of 16 columns one after the other, each (chunks, 4 groups, 16 columns, 4 channels) of b + 128,
+// then the largest ‖b‖² over a strip's lanes, (4 strips, chunks) fp32.
+struct PanelLayout {
+    int64_t chunks, norm_stride;
+
+    explicit PanelLayout(int64_t k) : chunks(ceil_div(k, kChunk)), norm_stride(round_up(chunks, kNormLanes)) {}
+    int64_t strip_bytes() const { return chunks * kStripChunk; }
+    int64_t norms_at() const { return kStrips * strip_bytes(); }
+    int64_t bytes() const { return norms_at() + kStrips * norm_stride * int64_t{sizeof(float)}; }
+};
+
+// A group of one row that is multiplied apart.
+struct Extra {
+    int32_t codes;
+    int32_t group : 28;
+    int32_t row : 4;
+};
+
+// A tile's rows: header, then either int16 codes (dot_avx2.h) or, if `is_int16`,
+//   blocks   (chunks) of 6 rows x 16 codes, then 6 starts of two lanes: -128 Σ a' modulo 2^16
+//   norms    (chunks) fp32, the largest ‖a'‖² over rows and lanes
+//   extras   in the order of chunks; `ends`: how many there are up to the end of each segment of kGroup channels
+struct RowsLayout {
+    static constexpr int64_t kHeader = kLineBytes;
+    static constexpr int64_t kBlock = 2 * kLineBytes;
+    static constexpr int64_t kStarts = kTileRows * kChunk;  // within a block
+
+    int64_t chunks, segments, wide_stride, norms_at, ends_at, extras_at, most_extras;
+
+    explicit RowsLayout(int64_t k)
+        : chunks(ceil_div(k, kChunk)), segments(ceil_div(k, kGroup)),
+          wide_stride(ceil_div(k, kKGroup) * kKGroup * int64_t{sizeof(int16_t)}) {
+        most_extras = chunks * kChunkGroups * kTileRows / 8;  // each costs two groups
+        norms_at = kHeader + chunks * kBlock;
+        ends_at = norms_at + round_up(chunks, kNormLanes) * int64_t{sizeof(float)};
+        extras_at = ends_at + segments * int64_t{sizeof(int32_t)};
+    }
+    // The tile's bytes, for each of its rows.
+    int64_t row_bytes() const {
+        const int64_t int16 = extras_at + most_extras * int64_t{sizeof(Extra)};
+        const int64_t wide = kHeader + kTileRows * wide_stride;
+        return round_up(ceil_div(std::max(int16, wide), kTileRows), kLineBytes);
+    }
+};
+
+struct RowsHeader {
+    int32_t is_int16;
+};
+
+inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+inline int32_t load_32(const void* p) {
+    int32_t v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// Squares of codes, added in pairs: u16.
+inline __m256i pair_squares(__m256i codes) {
+    const __m256i magnitudes = _mm256_abs_epi8(codes);
+    return _mm256_maddubs_epi16(magnitudes, _mm256_min_epu8(magnitudes, _mm256_set1_epi8(127)));
+}
+
+// ‖·‖² from a sum that saturates.
+inline float norm_of(int sum) { return sum == 0xffff ? std::numeric_limits<float>::infinity() : static_cast<float>(sum); }
+
+// Prepares the panel of int8 b, in the layout of `pack_panel`, for k input channels.
+inline void prepare_int16_panel(const int8_t* panel, int64_t k, int8_t* target) {
+    const PanelLayout layout(k);
+    const int64_t groups = ceil_div(k, kKGroup);
+    const __m256i flip = _mm256_set1_epi8(static_cast<char>(128));
+    float* norms = reinterpret_cast<float*>(target + layout.norms_at());
+    for (int64_t c = 0; c < layout.chunks; ++c) {
+        for (int s = 0; s < kStrips; ++s) {
+            __m256i squares[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+            int8_t* strip = target + s * layout.strip_bytes() + c * kStripChunk;
+            for (int64_t g = 0; g < kChunkGroups; ++g, strip += kStripGroup) {
+                const bool inside = c * kChunkGroups + g < groups;
+                const int8_t* source = panel + (c * kChunkGroups + g) * kGroupBytes + s * kStripGroup;
+                for (int v = 0; v < 2; ++v) {
+                    const __m256i b = inside ? load_256(source + v * 32) : _mm256_setzero_si256();
+                    store_256(strip + v * 32, _mm256_xor_si256(b, flip));
+                    squares[v] = _mm256_adds_epu16(squares[v], pair_squares(b));
+                }
+            }
+            const __m256i larger = _mm256_max_epu16(squares[0], squares[1]);
+            const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(larger), _mm256_extracti128_si256(larger, 1));
+            const __m128i least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
+            norms[s * layout.norm_stride + c] = norm_of(0xffff ^ _mm_extract_epi16(least, 0));
+        }
+    }
+    for (int s = 0; s < kStrips; ++s) {
+        for (int64_t c = layout.chunks; c < layout.norm_stride; ++c) norms[s * layout.norm_stride + c] = 0.0f;
+    }
+}
+
+// Two chunks of one row: takes from pairs what exceeds kPairLimit. `add(group, codes)` gets what was taken.
+template <class Add>
+inline void take_extras(int8_t (&codes)[2 * kChunk], const Add& add) {
+    for (int g = 0; g < 2 * kChunkGroups; ++g) {
+        int8_t extra[kKGroup] = {};
+        bool any = false;
+        for (int i = 0; i < kKGroup; i += 2) {
+            int8_t* pair = codes + g * kKGroup + i;
+            const int sum = pair[0] + pair[1], beyond = std::abs(sum) - kPairLimit;
+            if (beyond <= 0) continue;
+            const int which = std::abs(pair[1]) > std::abs(pair[0]);
+            extra[i + which] = static_cast<int8_t>(sum > 0 ? beyond : -beyond);
+            pair[which] = static_cast<int8_t>(pair[which] - extra[i + which]);
+            any = true;
+        }
+        if (any) add(g, load_32(extra));
+    }
+}
+
+// Σ over the four groups of each 128-bit lane, in all of its 32-bit elements: two int16 lanes of one chunk.
+template <bool Saturates>
+inline __m256i sum_groups(__m256i pairs) {
+    for (const bool far : {true, false}) {
+        const __m256i others = far ? _mm256_shuffle_epi32(pairs, 0x4e) : _mm256_shuffle_epi32(pairs, 0xb1);
+        pairs = Saturates ? _mm256_adds_epu16(pairs, others) : _mm256_add_epi16(pairs, others);
+    }
+    return pairs;
+}
+
+// Prepares `rows` <= 6 rows of int8 a, a_stride apart; false, with `tile` undefined, if they have too many extras.
+inline bool prepare_int16_rows(const int8_t* a, int64_t a_stride, int rows, int64_t k, uint8_t* tile) {
+    const RowsLayout layout(k);
+    float* norms = reinterpret_cast<float*>(tile + layout.norms_at);
+    int32_t* ends = reinterpret_cast<int32_t*>(tile + layout.ends_at);
+    Extra* extras = reinterpret_cast<Extra*>(tile + layout.extras_at);
+    int64_t count = 0;
+    const __m256i ones = _mm256_set1_epi8(1), limit = _mm256_set1_epi16(kPairLimit);
+    for (int64_t c = 0; c < layout.chunks; c += 2) {
+        uint8_t* block = tile + RowsLayout::kHeader + c * RowsLayout::kBlock;
+        const int64_t left = k - c * kChunk;
+        const bool both = c + 1 < layout.chunks;
+        __m256i largest = _mm256_setzero_si256();
+        for (int r = 0; r < rows; ++r) {
+            const int8_t* source = a + r * a_stride + c * kChunk;
+            alignas(32) int8_t codes[2 * kChunk] = {};
+            if (left < 2 * kChunk) {
+                std::memcpy(codes, source, static_cast<size_t>(left));
+                source = codes;
+            }
+            __m256i v = load_256(source), pairs = _mm256_maddubs_epi16(ones, v);
+            if (_mm256_movemask_epi8(_mm256_cmpgt_epi16(_mm256_abs_epi16(pairs), limit)) != 0) {
+                if (count + 2 * kChunkGroups > layout.most_extras) return false;
+                store_256(codes, v);
+                take_extras(codes, [&](int g, int32_t extra) {
+                    extras[count++] = {extra, static_cast<int32_t>(c * kChunkGroups + g), r};
+                });
+                v = load_256(codes);
+                pairs = _mm256_maddubs_epi16(ones, v);
+            }
+            largest = _mm256_max_epu16(largest, sum_groups<true>(pair_squares(v)));
+            const __m256i sums = _mm256_slli_epi16(sum_groups<false>(pairs), 7);
+            const __m256i starts = _mm256_sub_epi16(_mm256_setzero_si256(), sums);
+            uint8_t* target = block + r * kChunk;
+            uint8_t* start = block + RowsLayout::kStarts + r * sizeof(int32_t);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm256_castsi256_si128(v));
+            _mm_storeu_si32(start, _mm256_castsi256_si128(starts));
+            if (both) {
+                const auto next = reinterpret_cast<__m128i*>(target + RowsLayout::kBlock);
+                _mm_storeu_si128(next, _mm256_extracti128_si256(v, 1));
+                _mm_storeu_si32(start + RowsLayout::kBlock, _mm256_extracti128_si256(starts, 1));
+            }
+        }
+        const uint32_t low = static_cast<uint32_t>(_mm256_extract_epi32(largest, 0));
+        const uint32_t high = static_cast<uint32_t>(_mm256_extract_epi32(largest, 4));
+        norms[c] = norm_of(static_cast<int>(std::max(low & 0xffff, low >> 16)));
+        if (both) norms[c + 1] = norm_of(static_cast<int>(std::max(high & 0xffff, high >> 16)));
+        ends[c * kChunk / kGroup] = static_cast<int32_t>(count);
+    }
+    for (int64_t c = layout.chunks; c % kNormLanes != 0; ++c) norms[c] = 0.0f;
+    return true;
+}
+
+// out[r] += Σ_k a'[r] b over chunks [first, last) whose lanes stay within int16, for the 16 columns of a strip.
+template <int R>
+__attribute__((noinline)) void add_chunks(
+    const uint8_t* blocks, const int8_t* strip, int64_t first, int64_t last, int32_t* out, int64_t out_stride) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const uint8_t* block = blocks + first * RowsLayout::kBlock;
+    const int8_t* b = strip + first * kStripChunk;
+    for (int64_t c = first; c < last; ++c, block += RowsLayout::kBlock, b += kStripChunk) {
+        __m256i sums[R][2];
+#pragma GCC unroll 4
+        for (int g = 0; g < kChunkGroups; ++g) {
+            const __m256i b0 = load_256(b + g * kStripGroup), b1 = load_256(b + g * kStripGroup + 32);
+#pragma GCC unroll 6
+            for (int r = 0; r < R; ++r) {
+                if (g == 0) {
+                    sums[r][0] = sums[r][1] = _mm256_set1_epi32(load_32(block + RowsLayout::kStarts + r * 4));
+                }
+                const __m256i codes = _mm256_set1_epi32(load_32(block + r * kChunk + g * kKGroup));
+                sums[r][0] = _mm256_add_epi16(sums[r][0], _mm256_maddubs_epi16(b0, codes));
+                sums[r][1] = _mm256_add_epi16(sums[r][1], _mm256_maddubs_epi16(b1, codes));
+                asm("" : "+x"(sums[r][0]), "+x"(sums[r][1]));  // else GCC adds products of two groups first, and spills
+            }
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) {
+                int32_t* target = out + r * out_stride + v * 8;
+                store_256(target, _mm256_add_epi32(load_256(target), _mm256_madd_epi16(sums[r][v], ones)));
+            }
+        }
+    }
+}
+
+// out[r] += a b of one group of one row, whose pairs are within kPairLimit.
+inline void add_group(int32_t codes, const int8_t* b, int32_t* out) {
+    const __m256i ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(static_cast<char>(128));
+    const __m256i a = _mm256_set1_epi32(codes), excess = _mm256_maddubs_epi16(offset, a);
+    for (int v = 0; v < 2; ++v) {
+        const __m256i pairs = _mm256_sub_epi16(_mm256_maddubs_epi16(load_256(b + v * 32), a), excess);
+        store_256(out + v * 8, _mm256_add_epi32(load_256(out + v * 8), _mm256_madd_epi16(pairs, ones)));
+    }
+}
+
+template <int R>
+void add_strip(
+    const uint8_t* tile, const RowsLayout& layout, const int8_t* strip, const float* strip_norms, int64_t first,
+    int64_t last, int32_t* out, int64_t out_stride) {
+    const uint8_t* blocks = tile + RowsLayout::kHeader;
+    const float* norms = reinterpret_cast<const float*>(tile + layout.norms_at);
+    const int32_t* ends = reinterpret_cast<const int32_t*>(tile + layout.ends_at);
+    const Extra* extras = reinterpret_cast<const Extra*>(tile + layout.extras_at);
+    constexpr int64_t kSegment = kGroup / kChunk;
+
+    for (int r = 0; r < R; ++r) {
+        store_256(out + r * out_stride, _mm256_setzero_si256());
+        store_256(out + r * out_stride + 8, _mm256_setzero_si256());
+    }
+    const int32_t end = ends[ceil_div(last, kSegment) - 1];
+    for (int32_t i = first == 0 ? 0 : ends[first / kSegment - 1]; i < end; ++i) {
+        if (extras[i].row >= R) continue;
+        add_group(extras[i].codes, strip + extras[i].group * kStripGroup, out + extras[i].row * out_stride);
+    }
+    int64_t begin = first;
+    const __m256 bound = _mm256_set1_ps(kNormBound);
+    for (int64_t c = first; c < last; c += kNormLanes) {  // first is a multiple
+        const __m256 product = _mm256_mul_ps(_mm256_loadu_ps(norms + c), _mm256_loadu_ps(strip_norms + c));
+        int wide = _mm256_movemask_ps(_mm256_cmp_ps(product, bound, _CMP_NLE_UQ));  // NaN counts
+        for (; wide != 0; wide &= wide - 1) {
+            const int64_t chunk = c + __builtin_ctz(static_cast<unsigned>(wide));
+            add_chunks<R>(blocks, strip, begin, chunk, out, out_stride);
+            for (int64_t i = 0; i < R * kChunkGroups; ++i) {
+                const int64_t r = i / kChunkGroups, g = i % kChunkGroups;
+                const int32_t codes = load_32(blocks + chunk * RowsLayout::kBlock + r * kChunk + g * kKGroup);
+                add_group(codes, strip + chunk * kStripChunk + g * kStripGroup, out + r * out_stride);
+            }
+            begin = chunk + 1;
+        }
+    }
+    add_chunks<R>(blocks, strip, begin, last, out, out_stride);
+}
+
+// out (rows, 64) = Σ a b over chunks [first, last) of a tile's rows and a prepared panel.
+inline void int16_tile(
+    int rows, const uint8_t* tile, int64_t k, const int8_t* panel, int64_t first, int64_t last, int32_t* out,
+    int64_t out_stride) {
+    using Strip =
+        void (*)(const uint8_t*, const RowsLayout&, const int8_t*, const float*, int64_t, int64_t, int32_t*, int64_t);
+    static constexpr Strip by_rows[kTileRows] = {add_strip<1>, add_strip<2>, add_strip<3>,
+                                                 add_strip<4>, add_strip<5>, add_strip<6>};
+    const RowsLayout rows_layout(k);
+    const PanelLayout layout(k);
+    const float* norms = reinterpret_cast<const float*>(panel + layout.norms_at());
+    for (int s = 0; s < kStrips; ++s) {
+        const int8_t* strip = panel + s * layout.strip_bytes();
+        by_rows[rows - 1](
+            tile, rows_layout, strip, norms + s * layout.norm_stride, first, last, out + s * kStrip, out_stride);
+    }
+}
+
+}  // namespace
+}  // namespace vqvit

@@ -3,6 +3,9 @@
 //   l_ij = (α_q[i] sm_scale log2 e · α_k[j]) · Σ_d q[i, d] k[j, d]
 //   e_ij = rne(65535 · 2^(l_ij - max_j l_ij)) = 256 hi_ij + lo_ij, two u8 digits
 //   out  = α_v · fma(Σ_j hi_ij v[j], 256, Σ_j lo_ij v[j]) / Σ_j e_ij
+//
+// Where tiles read int16 and Σ_j e_ij v[j] fits int32, it is summed at once: the fma rounds the same integer, since
+// either digit's sum is below 2^24.
 #pragma once
 
 #include <cmath>
@@ -11,6 +14,10 @@
 
 namespace vqvit {
 namespace {
+
+// Σ_j e_j v[j] fits int32 for so many keys.
+constexpr int64_t kMostKeysAtOnce = INT32_MAX / (static_cast<int64_t>(kPSteps) * 127);
+constexpr int kNumeratorOffset = 1 << 15;  // e - kNumeratorOffset is int16
 
 // Where the parts of one head's working set lie in this thread's scratch.
 struct HeadScratch {
@@ -23,6 +30,7 @@ struct HeadScratch {
     uint8_t* digits;      // (2, kRows, key_columns): high digits of the numerators, then low ones
     uint8_t* p;           // (2, kRows) prepared rows of digits; the digits themselves if tiles read u8
     int32_t* out;         // (2, kRows, 64) accumulators of either digit
+    int32_t* offsets;     // (head_dim up to whole panels): -kNumeratorOffset Σ_j v[j]
 
     HeadScratch(const AttentionTask& t, int64_t rows, int64_t group_bytes) {
         key_panels = ceil_div(t.keys, kPanel);
@@ -43,6 +51,7 @@ struct HeadScratch {
         const int64_t digits_at = place(2 * rows * key_columns);
         const int64_t p_at = place(2 * rows * value_groups * group_bytes);
         const int64_t out_at = place(2 * rows * kPanel * int64_t{sizeof(int32_t)});
+        const int64_t offsets_at = place(round_up(t.head_dim, kPanel) * int64_t{sizeof(int32_t)});
 
         char* base = static_cast<char*>(scratch(Slot::kAttention, bytes));
         k = reinterpret_cast<int8_t*>(base + k_at);
@@ -53,8 +62,15 @@ struct HeadScratch {
         digits = reinterpret_cast<uint8_t*>(base + digits_at);
         p = reinterpret_cast<uint8_t*>(base + p_at);
         out = reinterpret_cast<int32_t*>(base + out_at);
+        offsets = reinterpret_cast<int32_t*>(base + offsets_at);
     }
 };
+
+// Whether the numerators of this task are int16, each less kNumeratorOffset.
+template <class Dot>
+inline bool at_once(const AttentionTask& t) {
+    return Dot::kReadsS16 && t.keys <= kMostKeysAtOnce;
+}
 
 // The keys, values and key scales of head `bh` into `s`.
 template <class V, class Dot>
@@ -67,6 +83,14 @@ LoadedHead load_head(const AttentionTask& t, int64_t bh, HeadScratch& s) {
     const int8_t* v = t.v + bh * t.keys * d;
     for (int64_t i = 0; i < d; i += kPanel) {
         Dot::pack_transposed(v + i, d, smaller(d - i, kPanel), t.keys, s.v + i / kPanel * panel_bytes(t.keys));
+    }
+    if constexpr (Dot::kReadsS16) {
+        int16_t* ones = reinterpret_cast<int16_t*>(s.p);
+        std::fill_n(ones, s.value_groups * kKGroup, static_cast<int16_t>(-kNumeratorOffset));
+        for (int64_t i = 0; i < d; i += kPanel) {
+            const int8_t* panel = s.v + i / kPanel * panel_bytes(t.keys);
+            Dot::tile(1, kTileVectors, s.p, 0, panel, s.value_groups, nullptr, s.offsets + i, kPanel);
+        }
     }
     const Row k_scale = read_row<V>(t.k_scale + bh * t.keys, Dtype<VQVIT_F32>{}, t.keys, nullptr, nullptr);
     std::memset(s.k_scale, 0, static_cast<size_t>(s.key_columns) * sizeof(float));
@@ -133,14 +157,33 @@ private:
     }
 };
 
+template <class V>
+inline typename V::I numerators_of(const float* logits, typename V::F top) {
+    return V::to_int(V::mul(exp2<V>(V::sub(V::load(logits), top)), V::set(kPSteps)));
+}
+
+// e_j - kNumeratorOffset as a prepared row, e_j as below; returns Σ e_j by lane.
+template <class V, class Dot>
+typename V::I int16_numerators_row(const int32_t* acc, int64_t keys, float top, uint8_t* prepared) {
+    const float* logits = reinterpret_cast<const float*>(acc);
+    const typename V::F reference = V::set(top);
+    const typename V::I offset = V::set_i(kNumeratorOffset);
+    typename V::I total = V::set_i(0);
+    for (int64_t j = 0; j < keys; j += V::lanes) {
+        const typename V::I e = numerators_of<V>(logits + j, reference);
+        total = V::add_i(total, e);
+        Dot::store_s16(V::sub_i(e, offset), prepared + j * int64_t{sizeof(int16_t)});
+    }
+    return total;
+}
+
 // The digits of e_j = rne(65535 · 2^(logits[j] - top)), zero up to a whole vector; returns Σ e_j by lane.
 template <class V>
 typename V::I numerators_row(const int32_t* acc, int64_t keys, float top, uint8_t* high, uint8_t* low) {
     const float* logits = reinterpret_cast<const float*>(acc);
     const typename V::F reference = V::set(top);
     const auto numerators = [=](int64_t j) __attribute__((always_inline)) {
-        const typename V::F power = exp2<V>(V::sub(V::load(logits + j), reference));
-        return V::to_int(V::mul(power, V::set(kPSteps)));
+        return numerators_of<V>(logits + j, reference);
     };
     typename V::I total = V::set_i(0);
     int64_t j = 0;
@@ -159,16 +202,14 @@ typename V::I numerators_row(const int32_t* acc, int64_t keys, float top, uint8_
     return total;
 }
 
-// Channels [d0, d0 + 64) of one query from the accumulators of its digits.
-template <class V>
+// Channels [d0, d0 + 64) of one query from sum(i), Σ e v of channel d0 + i on.
+template <class V, class Sum>
 void store_head_row(
-    const AttentionTask& t, char* out, const int32_t* high, const int32_t* low, const float* v_scale, int64_t d0,
-    float total) {
+    const AttentionTask& t, char* out, const float* v_scale, int64_t d0, float total, const Sum& sum) {
     const typename V::F inverse = V::set(1.0f / total);
     with_dtype(t.dtype, [&](auto dtype) {
         for_vectors<V>(smaller(t.head_dim - d0, kPanel), [&](int64_t i, auto extent) {
-            const typename V::F high_acc = V::to_float(V::load_i(high + i)), low_acc = V::to_float(V::load_i(low + i));
-            const typename V::F mean = V::mul(V::fma(high_acc, V::set(kPBase), low_acc), inverse);
+            const typename V::F mean = V::mul(sum(i), inverse);
             const typename V::F y = V::mul(mean, load_row<V>(v_scale, d0 + i, extent));
             store_as<V>(out, d0 + i, y, dtype, extent);
         });
@@ -184,6 +225,7 @@ void attention_head(
     const int64_t q_stride = as_they_are ? d : q_groups * Dot::kGroupBytes;
     const int64_t p_stride = Dot::kReadsU8 ? s.key_columns : s.value_groups * Dot::kGroupBytes;
     const uint8_t* p = Dot::kReadsU8 ? s.digits : s.p;
+    const bool one_sum = at_once<Dot>(t);
     if (loaded.index != bh) loaded = load_head<V, Dot>(t, bh, s);
 
     const int64_t out_stride = t.heads * d * dtype_size(t.dtype);
@@ -231,6 +273,13 @@ void attention_head(
         }
         for (int r = 0; r < rows; ++r) {
             if (std::isnan(top[r])) continue;  // its outputs are NaN, whatever digits an earlier row left here
+            if constexpr (Dot::kReadsS16) {
+                if (one_sum) {
+                    uint8_t* row = s.p + r * p_stride;
+                    totals[r] = int16_numerators_row<V, Dot>(s.logits + r * s.key_columns, t.keys, top[r], row);
+                    continue;
+                }
+            }
             uint8_t* high = s.digits + r * s.key_columns;
             uint8_t* low = high + Dot::kRows * s.key_columns;
             totals[r] = numerators_row<V>(s.logits + r * s.key_columns, t.keys, top[r], high, low);
@@ -251,9 +300,20 @@ void attention_head(
             const uint8_t* p_low = p + Dot::kRows * p_stride;
             const int vectors = tile_vectors(d - d0);
             Dot::tile(rows, vectors, p, p_stride, panel, s.value_groups, nullptr, high, kPanel);
-            Dot::tile(rows, vectors, p_low, p_stride, panel, s.value_groups, nullptr, low, kPanel);
+            if (!one_sum) Dot::tile(rows, vectors, p_low, p_stride, panel, s.value_groups, nullptr, low, kPanel);
+            const float* v_scale = t.v_scale + bh * d;
             for (int r = 0; r < rows; ++r, high += kPanel, low += kPanel) {
-                store_head_row<V>(t, out + (i + r) * out_stride, high, low, t.v_scale + bh * d, d0, total[r]);
+                char* row = out + (i + r) * out_stride;
+                if (one_sum) {
+                    store_head_row<V>(t, row, v_scale, d0, total[r], [&](int64_t n) __attribute__((always_inline)) {
+                        return V::to_float(V::sub_i(V::load_i(high + n), V::load_i(s.offsets + d0 + n)));
+                    });
+                } else {
+                    store_head_row<V>(t, row, v_scale, d0, total[r], [&](int64_t n) __attribute__((always_inline)) {
+                        const typename V::F low_sum = V::to_float(V::load_i(low + n));
+                        return V::fma(V::to_float(V::load_i(high + n)), V::set(kPBase), low_sum);
+                    });
+                }
             }
         }
     }

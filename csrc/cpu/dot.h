@@ -4,6 +4,7 @@
 //   kRows             rows of a tile
 //   kReadsU8          tiles read unsigned rows as they are, zero padded to groups
 //   kReadsS8          tiles read rows of codes as they are, of whole groups
+//   kReadsS16         prepared rows are int16, and store_s16 puts a vector of them in place
 //   kGroupBytes       bytes that four input channels of one row take once prepared
 //   prepare           one row of s8 codes in the layout the tile reads, padded to groups; of u8 too unless kReadsU8
 //   tile              out[r][n] = Σ_k a[r][k] b[n][k] for `rows` <= kRows rows and 16 · `vectors` columns of a panel;
@@ -65,6 +66,7 @@ struct DotScalar {
     static constexpr int kGroupBytes = kKGroup * sizeof(int16_t);
     static constexpr bool kReadsU8 = false;
     static constexpr bool kReadsS8 = false;
+    static constexpr bool kReadsS16 = false;
     static constexpr bool kFinishesTiles = false;
     static constexpr bool kPreparesPanels = false;
 

@@ -14,6 +14,7 @@ struct DotAvx2 {
     static constexpr int kGroupBytes = kKGroup * sizeof(int16_t);
     static constexpr bool kReadsU8 = false;
     static constexpr bool kReadsS8 = false;
+    static constexpr bool kReadsS16 = true;
     static constexpr bool kFinishesTiles = false;
     static constexpr bool kPreparesPanels = true;
 
@@ -35,6 +36,13 @@ struct DotAvx2 {
             const int64_t position = i % kKGroup == 1 ? i + 1 : i % kKGroup == 2 ? i - 1 : i;
             target[position] = i < k ? row[i] : 0;
         }
+    }
+
+    // Eight int16 values, each in a lane of v, as two prepared groups.
+    static void store_s16(__m256i v, uint8_t* prepared) {
+        const __m128i eight = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+        const __m128i pairs = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(prepared), _mm_shuffle_epi8(eight, pairs));
     }
 
     // acc += weights · activations for pairs (even: channels 0 and 2 of a group; odd: 1 and 3) of 16 columns.
@@ -111,7 +119,7 @@ struct DotAvx2 {
         std::memcpy(&header, prepared, sizeof header);
         if (header.is_int16 != 0) {
             const int64_t first = first_group / kChunkGroups, last = ceil_div(first_group + groups, kChunkGroups);
-            return int16_tile(rows, prepared, k, prepared_panel, first, last, out, kPanel);
+            return int16_tile(rows, prepared, k, prepared_panel, first, last, out);
         }
         const uint8_t* a = prepared + RowsLayout::kHeader + first_group * kGroupBytes;
         tile(

@@ -217,7 +217,7 @@ inline bool prepare_int16_rows(const int8_t* a, int64_t a_stride, int rows, int6
 // out[r] += Σ_k a'[r] b over chunks [first, last) whose lanes stay within int16, for the 16 columns of a strip.
 template <int R>
 __attribute__((noinline)) void add_chunks(
-    const uint8_t* blocks, const int8_t* strip, int64_t first, int64_t last, int32_t* out, int64_t out_stride) {
+    const uint8_t* blocks, const int8_t* strip, int64_t first, int64_t last, int32_t* out) {
     const __m256i ones = _mm256_set1_epi16(1);
     const uint8_t* block = blocks + first * RowsLayout::kBlock;
     const int8_t* b = strip + first * kStripChunk;
@@ -241,27 +241,36 @@ __attribute__((noinline)) void add_chunks(
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
-                int32_t* target = out + r * out_stride + v * 8;
+                int32_t* target = out + r * kPanel + v * 8;
                 store_256(target, _mm256_add_epi32(load_256(target), _mm256_madd_epi16(sums[r][v], ones)));
             }
         }
     }
 }
 
-// out[r] += a b of one group of one row, whose pairs are within kPairLimit.
-inline void add_group(int32_t codes, const int8_t* b, int32_t* out) {
+// out += a b of N groups of one row, whose pairs are within kPairLimit.
+template <int N>
+inline void add_groups_in_int32(const void* codes, const int8_t* b, int32_t* out) {
     const __m256i ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(static_cast<char>(128));
-    const __m256i a = _mm256_set1_epi32(codes), excess = _mm256_maddubs_epi16(offset, a);
-    for (int v = 0; v < 2; ++v) {
-        const __m256i pairs = _mm256_sub_epi16(_mm256_maddubs_epi16(load_256(b + v * 32), a), excess);
-        store_256(out + v * 8, _mm256_add_epi32(load_256(out + v * 8), _mm256_madd_epi16(pairs, ones)));
+    __m256i sums[2] = {load_256(out), load_256(out + 8)};
+#pragma GCC unroll 4
+    for (int g = 0; g < N; ++g) {
+        const __m256i a = _mm256_set1_epi32(load_32(static_cast<const int8_t*>(codes) + g * kKGroup));
+        const __m256i excess = _mm256_maddubs_epi16(offset, a);
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+            const __m256i products = _mm256_maddubs_epi16(load_256(b + g * kStripGroup + v * 32), a);
+            sums[v] = _mm256_add_epi32(sums[v], _mm256_madd_epi16(_mm256_sub_epi16(products, excess), ones));
+        }
     }
+    store_256(out, sums[0]);
+    store_256(out + 8, sums[1]);
 }
 
 template <int R>
 void add_strip(
     const uint8_t* tile, const RowsLayout& layout, const int8_t* strip, const float* strip_norms, int64_t first,
-    int64_t last, int32_t* out, int64_t out_stride) {
+    int64_t last, int32_t* out) {
     const uint8_t* blocks = tile + RowsLayout::kHeader;
     const float* norms = reinterpret_cast<const float*>(tile + layout.norms_at);
     const int32_t* ends = reinterpret_cast<const int32_t*>(tile + layout.ends_at);
@@ -269,13 +278,14 @@ void add_strip(
     constexpr int64_t kSegment = kGroup / kChunk;
 
     for (int r = 0; r < R; ++r) {
-        store_256(out + r * out_stride, _mm256_setzero_si256());
-        store_256(out + r * out_stride + 8, _mm256_setzero_si256());
+        store_256(out + r * kPanel, _mm256_setzero_si256());
+        store_256(out + r * kPanel + 8, _mm256_setzero_si256());
     }
     const int32_t end = ends[ceil_div(last, kSegment) - 1];
     for (int32_t i = first == 0 ? 0 : ends[first / kSegment - 1]; i < end; ++i) {
-        if (extras[i].row >= R) continue;
-        add_group(extras[i].codes, strip + extras[i].group * kStripGroup, out + extras[i].row * out_stride);
+        const Extra& extra = extras[i];
+        if (extra.row >= R) continue;
+        add_groups_in_int32<1>(&extra.codes, strip + extra.group * kStripGroup, out + extra.row * kPanel);
     }
     int64_t begin = first;
     const __m256 bound = _mm256_set1_ps(kNormBound);
@@ -284,24 +294,21 @@ void add_strip(
         int wide = _mm256_movemask_ps(_mm256_cmp_ps(product, bound, _CMP_NLE_UQ));  // NaN counts
         for (; wide != 0; wide &= wide - 1) {
             const int64_t chunk = c + __builtin_ctz(static_cast<unsigned>(wide));
-            add_chunks<R>(blocks, strip, begin, chunk, out, out_stride);
-            for (int64_t i = 0; i < R * kChunkGroups; ++i) {
-                const int64_t r = i / kChunkGroups, g = i % kChunkGroups;
-                const int32_t codes = load_32(blocks + chunk * RowsLayout::kBlock + r * kChunk + g * kKGroup);
-                add_group(codes, strip + chunk * kStripChunk + g * kStripGroup, out + r * out_stride);
+            add_chunks<R>(blocks, strip, begin, chunk, out);
+            const uint8_t* codes = blocks + chunk * RowsLayout::kBlock;
+            for (int r = 0; r < R; ++r) {
+                add_groups_in_int32<kChunkGroups>(codes + r * kChunk, strip + chunk * kStripChunk, out + r * kPanel);
             }
             begin = chunk + 1;
         }
     }
-    add_chunks<R>(blocks, strip, begin, last, out, out_stride);
+    add_chunks<R>(blocks, strip, begin, last, out);
 }
 
 // out (rows, 64) = Σ a b over chunks [first, last) of a tile's rows and a prepared panel.
 inline void int16_tile(
-    int rows, const uint8_t* tile, int64_t k, const int8_t* panel, int64_t first, int64_t last, int32_t* out,
-    int64_t out_stride) {
-    using Strip =
-        void (*)(const uint8_t*, const RowsLayout&, const int8_t*, const float*, int64_t, int64_t, int32_t*, int64_t);
+    int rows, const uint8_t* tile, int64_t k, const int8_t* panel, int64_t first, int64_t last, int32_t* out) {
+    using Strip = void (*)(const uint8_t*, const RowsLayout&, const int8_t*, const float*, int64_t, int64_t, int32_t*);
     static constexpr Strip by_rows[kTileRows] = {add_strip<1>, add_strip<2>, add_strip<3>,
                                                  add_strip<4>, add_strip<5>, add_strip<6>};
     const RowsLayout rows_layout(k);
@@ -309,8 +316,7 @@ inline void int16_tile(
     const float* norms = reinterpret_cast<const float*>(panel + layout.norms_at());
     for (int s = 0; s < kStrips; ++s) {
         const int8_t* strip = panel + s * layout.strip_bytes();
-        by_rows[rows - 1](
-            tile, rows_layout, strip, norms + s * layout.norm_stride, first, last, out + s * kStrip, out_stride);
+        by_rows[rows - 1](tile, rows_layout, strip, norms + s * layout.norm_stride, first, last, out + s * kStrip);
     }
 }
 

@@ -16,6 +16,7 @@ struct DotAvx512Vnni {
     static constexpr int kGroupBytes = kKGroup;
     static constexpr bool kReadsU8 = true;
     static constexpr bool kReadsS8 = true;
+    static constexpr bool kReadsS16 = false;
     static constexpr bool kFinishesTiles = true;
     static constexpr bool kPreparesPanels = false;
     static constexpr int kColumns = 16;  // of a zmm register

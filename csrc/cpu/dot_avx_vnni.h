@@ -14,6 +14,7 @@ struct DotAvxVnni {
     static constexpr int kGroupBytes = kKGroup;
     static constexpr bool kReadsU8 = true;
     static constexpr bool kReadsS8 = false;
+    static constexpr bool kReadsS16 = false;
     static constexpr bool kFinishesTiles = false;
     static constexpr bool kPreparesPanels = false;
 

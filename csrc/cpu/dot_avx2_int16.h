@@ -281,12 +281,6 @@ void add_strip(
         store_256(out + r * kPanel, _mm256_setzero_si256());
         store_256(out + r * kPanel + 8, _mm256_setzero_si256());
     }
-    const int32_t end = ends[ceil_div(last, kSegment) - 1];
-    for (int32_t i = first == 0 ? 0 : ends[first / kSegment - 1]; i < end; ++i) {
-        const Extra& extra = extras[i];
-        if (extra.row >= R) continue;
-        add_groups_in_int32<1>(&extra.codes, strip + extra.group * kStripGroup, out + extra.row * kPanel);
-    }
     int64_t begin = first;
     const __m256 bound = _mm256_set1_ps(kNormBound);
     for (int64_t c = first; c < last; c += kNormLanes) {  // first is a multiple
@@ -303,6 +297,14 @@ void add_strip(
         }
     }
     add_chunks<R>(blocks, strip, begin, last, out);
+
+    // Last: the strip is in L1 now.
+    const int32_t end = ends[ceil_div(last, kSegment) - 1];
+    for (int32_t i = first == 0 ? 0 : ends[first / kSegment - 1]; i < end; ++i) {
+        const Extra& extra = extras[i];
+        if (extra.row >= R) continue;
+        add_groups_in_int32<1>(&extra.codes, strip + extra.group * kStripGroup, out + extra.row * kPanel);
+    }
 }
 
 // out (rows, 64) = Σ a b over chunks [first, last) of a tile's rows and a prepared panel.

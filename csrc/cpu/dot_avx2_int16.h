@@ -248,7 +248,7 @@ __attribute__((noinline)) void add_chunks(
     }
 }
 
-// out += a b of N groups of one row, whose pairs are within kPairLimit.
+// out += a b of a strip and N groups of one row, whose pairs are within kPairLimit.
 template <int N>
 inline void add_groups_in_int32(const void* codes, const int8_t* b, int32_t* out) {
     const __m256i ones = _mm256_set1_epi16(1), offset = _mm256_set1_epi8(static_cast<char>(128));
@@ -273,10 +273,6 @@ void add_strip(
     int64_t last, int32_t* out) {
     const uint8_t* blocks = tile + RowsLayout::kHeader;
     const float* norms = reinterpret_cast<const float*>(tile + layout.norms_at);
-    const int32_t* ends = reinterpret_cast<const int32_t*>(tile + layout.ends_at);
-    const Extra* extras = reinterpret_cast<const Extra*>(tile + layout.extras_at);
-    constexpr int64_t kSegment = kGroup / kChunk;
-
     for (int r = 0; r < R; ++r) {
         store_256(out + r * kPanel, _mm256_setzero_si256());
         store_256(out + r * kPanel + 8, _mm256_setzero_si256());
@@ -297,13 +293,22 @@ void add_strip(
         }
     }
     add_chunks<R>(blocks, strip, begin, last, out);
+}
 
-    // Last: the strip is in L1 now.
-    const int32_t end = ends[ceil_div(last, kSegment) - 1];
-    for (int32_t i = first == 0 ? 0 : ends[first / kSegment - 1]; i < end; ++i) {
-        const Extra& extra = extras[i];
-        if (extra.row >= R) continue;
-        add_groups_in_int32<1>(&extra.codes, strip + extra.group * kStripGroup, out + extra.row * kPanel);
+// out (rows, 64) += e b of the extras of chunks [first, last), of which the first begins a segment.
+inline void add_extras(
+    int rows, const uint8_t* tile, const RowsLayout& layout, const int8_t* panel, int64_t strip_bytes, int64_t first,
+    int64_t last, int32_t* out) {
+    constexpr int64_t kSegment = kGroup / kChunk;
+    const int32_t* ends = reinterpret_cast<const int32_t*>(tile + layout.ends_at);
+    const Extra* extras = reinterpret_cast<const Extra*>(tile + layout.extras_at);
+    const Extra* end = extras + ends[ceil_div(last, kSegment) - 1];
+    for (const Extra* e = extras + (first == 0 ? 0 : ends[first / kSegment - 1]); e < end; ++e) {
+        if (e->row >= rows) continue;
+        const int8_t* b = panel + e->group * kStripGroup;
+        int32_t* row = out + e->row * kPanel;
+#pragma GCC unroll 4
+        for (int s = 0; s < kStrips; ++s) add_groups_in_int32<1>(&e->codes, b + s * strip_bytes, row + s * kStrip);
     }
 }
 
@@ -320,6 +325,7 @@ inline void int16_tile(
         const int8_t* strip = panel + s * layout.strip_bytes();
         by_rows[rows - 1](tile, rows_layout, strip, norms + s * layout.norm_stride, first, last, out + s * kStrip);
     }
+    add_extras(rows, tile, rows_layout, panel, layout.strip_bytes(), first, last, out);
 }
 
 }  // namespace

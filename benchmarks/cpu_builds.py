@@ -89,7 +89,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vqvit-builds-") as name:
         folder = Path(name)
         try:
-            places = {HERE: ROOT / "csrc", **{r: sources(r, folder / str(i)) for i, r in enumerate(arguments.revisions)}}
+            places = {
+                HERE: ROOT / "csrc",
+                **{r: sources(r, folder / str(i)) for i, r in enumerate(arguments.revisions)},
+            }
         except ValueError as error:
             parser.error(str(error))
         libraries = {r: load(csrc, folder / f"{i}.so") for i, (r, csrc) in enumerate(places.items())}
@@ -107,7 +110,9 @@ def main() -> None:
             for batch in map(int, arguments.batch.split(",")):
                 rows = compare(libraries, session, batch, arguments.seconds)
                 print(f"{arch or Path(exported).name}, {arguments.threads} threads, {native.cpu_isa()}")
-                print(text_table(["build", "batch", "median_ms", "p20_ms", "p80_ms", "of checkout's"], rows), flush=True)
+                print(
+                    text_table(["build", "batch", "median_ms", "p20_ms", "p80_ms", "of checkout's"], rows), flush=True
+                )
 
 
 if __name__ == "__main__":

@@ -132,22 +132,23 @@ inline void prepare_int16_panel(const int8_t* panel, int64_t k, int8_t* target) 
     }
 }
 
-// Two chunks of one row: takes from pairs what exceeds kPairLimit. `add(group, codes)` gets what was taken.
+// Two chunks of one row: takes what exceeds kPairLimit from the groups in `over`, four bits for each.
+// `add(group, codes)` gets what was taken.
 template <class Add>
-inline void take_extras(int8_t (&codes)[2 * kChunk], const Add& add) {
-    for (int g = 0; g < 2 * kChunkGroups; ++g) {
+inline void take_extras(int8_t (&codes)[2 * kChunk], uint32_t over, const Add& add) {
+    while (over != 0) {
+        const int g = __builtin_ctz(over) / kKGroup;
+        over &= ~(uint32_t{0xf} << g * kKGroup);
         int8_t extra[kKGroup] = {};
-        bool any = false;
         for (int i = 0; i < kKGroup; i += 2) {
             int8_t* pair = codes + g * kKGroup + i;
             const int sum = pair[0] + pair[1], beyond = std::abs(sum) - kPairLimit;
             if (beyond <= 0) continue;
-            const int which = std::abs(pair[1]) > std::abs(pair[0]);
-            extra[i + which] = static_cast<int8_t>(sum > 0 ? beyond : -beyond);
-            pair[which] = static_cast<int8_t>(pair[which] - extra[i + which]);
-            any = true;
+            const int larger = std::abs(pair[1]) > std::abs(pair[0]);
+            extra[i + larger] = static_cast<int8_t>(sum > 0 ? beyond : -beyond);
+            pair[larger] = static_cast<int8_t>(pair[larger] - extra[i + larger]);
         }
-        if (any) add(g, load_32(extra));
+        add(g, load_32(extra));
     }
 }
 
@@ -182,10 +183,11 @@ inline bool prepare_int16_rows(const int8_t* a, int64_t a_stride, int rows, int6
                 source = codes;
             }
             __m256i v = load_256(source), pairs = _mm256_maddubs_epi16(ones, v);
-            if (_mm256_movemask_epi8(_mm256_cmpgt_epi16(_mm256_abs_epi16(pairs), limit)) != 0) {
+            const __m256i beyond = _mm256_cmpgt_epi16(_mm256_abs_epi16(pairs), limit);
+            if (const auto over = static_cast<uint32_t>(_mm256_movemask_epi8(beyond)); over != 0) {
                 if (count + 2 * kChunkGroups > layout.most_extras) return false;
                 store_256(codes, v);
-                take_extras(codes, [&](int g, int32_t extra) {
+                take_extras(codes, over, [&](int g, int32_t extra) {
                     extras[count++] = {extra, static_cast<int32_t>(c * kChunkGroups + g), r};
                 });
                 v = load_256(codes);

@@ -1,6 +1,6 @@
 """CPU kernels of this checkout against those of other revisions, in one process that loads every build.
 
-    python benchmarks/cpu_builds.py HEAD [REVISION ...] [--arch vit-b16,vit-ti] [--batch 1,8] [--threads 2] [--seconds 10]
+    python benchmarks/cpu_builds.py HEAD [REVISION ...] [--arch vit-b16,vit-ti] [--batch 1,8] [--seconds 10]
     python benchmarks/cpu_builds.py HEAD --model EXPORTED
 
 Each build serves the same exported model, takes its turn in every round, and must give the same bits as the first.

@@ -29,13 +29,15 @@ MAX_RELATIVE_ERROR = 1e-5
 
 
 class Gemm:
-    """Operands of one product, from a fixed seed: a (M, K) codes, b (N, K) codes, their scales and a bias."""
+    """Operands of one product, from a fixed seed: a (M, K) and b (N, K), codes of normal values with a scale for each
+    row, as quantizers give them (on AVX2 their size decides how fast they are multiplied), and a bias.
+    """
 
     def __init__(self, m: int, n: int, k: int):
         generator = torch.Generator().manual_seed(0)
         self.m, self.n, self.k = m, n, k
-        self.a, self.b = (torch.randint(-127, 128, (rows, k), dtype=torch.int8, generator=generator) for rows in (m, n))
-        self.a_scale, self.b_scale = (0.01 * torch.rand(rows, generator=generator) + 0.001 for rows in (m, n))
+        values = (torch.randn(rows, k, generator=generator) for rows in (m, n))
+        (self.a, self.a_scale, *_), (self.b, self.b_scale, *_) = (ops.quantize_per_token(x) for x in values)
         self.bias = torch.randn(n, generator=generator)
         self.sums = self.a.double() @ self.b.double().t()
 

@@ -20,6 +20,11 @@ def codes(*shape: int) -> torch.Tensor:
     return torch.randint(-nm.QMAX, nm.QMAX + 1, shape, dtype=torch.int8)
 
 
+def normal_codes(rows: int, k: int, spread: float) -> torch.Tensor:
+    """Codes of normal values, `spread` their standard deviation: a quantizer's are 10 to 40."""
+    return (torch.randn(rows, k) * spread).round().clamp(-nm.QMAX, nm.QMAX).to(torch.int8)
+
+
 def as_tuple(result) -> tuple:
     return result if isinstance(result, tuple | list) else (result,)
 
@@ -60,6 +65,49 @@ def test_accumulators_at_the_longest_k():
     b[0] = 127
     assert reference.int8_mm(a, b)[0, 0] == nm.K_MAX_SYMMETRIC * 127**2
     assert_same("int8_mm", a, b)
+
+
+@pytest.mark.parametrize("k", [1, 15, 16, 17, 31, 32, 33, 127, 128, 129, 192, 400])
+@pytest.mark.parametrize("spread", [5, 20, 30, 40, 60])
+def test_accumulators_of_codes_of_any_size(k, spread):
+    """On AVX2 their size decides whether the sums of many rows stay in int16 throughout, for some chunks, or not."""
+    for m, n in ((24, 16), (41, 65)):
+        assert_same("int8_mm", normal_codes(m, k, spread), normal_codes(n, k, spread))
+
+
+@pytest.mark.parametrize("left", [-128, -127, -65, -64, 1, 63, 64, 65, 127])
+@pytest.mark.parametrize("right", [-128, -127, -64, 32, 64, 127])
+def test_accumulators_at_the_bounds_of_int16(left, right):
+    """Pairs of 128, beyond which vpmaddubsw saturates, and eight products of 64 · 64, which are 2^15."""
+    a, b = torch.full((30, 144), left, dtype=torch.int8), torch.full((70, 144), right, dtype=torch.int8)
+    assert (reference.int8_mm(a, b) == 144 * left * right).all()
+    assert_same("int8_mm", a, b)
+    a[:, 1::2], b[::2] = -left if left > -128 else 127, 1
+    assert_same("int8_mm", a, b)
+    a[3, ::7], a[17, 5:9], b[9, 3::4] = 127, -127, -128
+    assert_same("int8_mm", a, b)
+
+
+def test_quiet_rows_beside_loud_ones():
+    a, b = normal_codes(50, 300, 20), normal_codes(130, 300, 30)
+    a[7:9], a[30], a[44, 130:140] = codes(2, 300), 127, 0
+    a[12:18] = 0
+    assert_same("int8_mm", a, b)
+    assert_same("int8_mm", codes(50, 300), b)
+    operands = (a, torch.rand(50, nm.group_count(300)) * 0.01, reference.pack_weight(b), torch.rand(130) * 0.05)
+    assert_same("int8_linear", *operands, torch.randn(130), "gelu")
+    assert_same("int8_linear_quantize", *operands, torch.randn(130), "gelu", per_group=True)
+
+
+@pytest.mark.parametrize("head_dim", [48, 64])
+def test_layers_of_normal_codes(head_dim):
+    tokens, k, n = 29, 200, 3 * 2 * head_dim
+    a, weights = normal_codes(2 * tokens, k, 30), reference.pack_weight(normal_codes(n, k, 35))
+    args = (a, torch.rand(2 * tokens) * 0.01, weights, torch.rand(n) * 0.05, torch.randn(n))
+    assert_same("int8_linear", *args, "none", torch.rand(n), torch.randn(2 * tokens, n))
+    assert_same("int8_linear_qkv", *args, tokens, 2)
+    for store in ({}, {"row_sum": True}, {"per_group": True}, {"out_scale": torch.tensor(0.03)}, {"symmetric": False}):
+        assert_same("int8_linear_quantize", *args, "gelu", **store)
 
 
 def test_rows_apart_and_transposed_operands():
@@ -234,6 +282,17 @@ def test_attention_key_counts(keys):
     scales = torch.rand(1, 3, 7) * 0.02, torch.rand(1, 3, keys) * 0.02, torch.rand(1, 3, 32)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert_same("int8_attention", q, k, v, *scales, 0.2, dtype)
+
+
+@pytest.mark.parametrize("keys", [256, 257, 258, 259, 520])
+@pytest.mark.parametrize("value", [-127, 127])
+def test_attention_sums_that_are_largest(keys, value):
+    """Equal logits: every numerator is 65535, and up to 258 of them times 127 fit int32."""
+    q, k = torch.zeros(1, 1, 7, 32, dtype=torch.int8), codes(1, 1, keys, 32)
+    v = torch.full((1, 1, keys, 32), value, dtype=torch.int8)
+    v[..., 3], v[..., 5::2, 8] = codes(1, 1, keys), -value
+    scales = torch.rand(1, 1, 7), torch.rand(1, 1, keys), torch.rand(1, 1, 32)
+    assert_same("int8_attention", q, k, v, *scales, 0.2)
 
 
 def test_attention_poison():

@@ -188,21 +188,26 @@ def test_codes_need_no_division(tmp_path):
 
 
 @needs_library
-def test_products_stay_in_registers():
-    """Compilers like to spill accumulators in the loops of AVX-512 tiles: half of their speed."""
-    if shutil.which("objdump") is None or "avx512_vnni" not in cpu.available_isas():
-        pytest.skip("needs objdump to read the library, and AVX512-VNNI, whose kernels it is about")
+@pytest.mark.parametrize(
+    ("product", "products", "loops"),
+    [(r"vpdpbusd.*zmm", 20, 8), (r"vpmaddubsw.*ymm", 40, 2)],
+    ids=["avx512_vnni", "avx2"],
+)
+def test_products_stay_in_registers(product, products, loops):
+    """Compilers like to spill accumulators in the loops of tiles of five and six rows: half of their speed."""
+    if shutil.which("objdump") is None:
+        pytest.skip("needs objdump to read the library")
     listing = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", native.cpu()._name], capture_output=True, text=True, check=True
     ).stdout
-    loops = product_loops(listing, 20)
-    assert len(loops) >= 8, "tiles of five and six rows, and what finishes them"
-    for function, body in loops:
+    found = product_loops(listing, product, products)
+    assert len(found) >= loops
+    for function, body in found:
         assert not any(re.search(r"\(%rsp\)|-0x[0-9a-f]+\(%rbp\)", line) for line in body), f"spills in {function}"
 
 
-def product_loops(listing: str, products: int) -> list[tuple[str, list[str]]]:
-    """Function and instructions of each innermost loop with that many `vpdpbusd` of zmm registers or more."""
+def product_loops(listing: str, product: str, products: int) -> list[tuple[str, list[str]]]:
+    """Function and instructions of each innermost loop with that many instructions that match `product`, or more."""
     found, function, addresses, lines = [], "", {}, []
     for line in listing.splitlines():
         if header := re.match(r"[0-9a-f]+ <(.+)>:", line):
@@ -214,7 +219,7 @@ def product_loops(listing: str, products: int) -> list[tuple[str, list[str]]]:
             if target in addresses:
                 body = lines[addresses[target] :]
                 jumps = sum(re.search(r":\s+j", inner) is not None for inner in body)
-                if jumps == 1 and sum("vpdpbusd" in inner and "zmm" in inner for inner in body) >= products:
+                if jumps == 1 and sum(re.search(product, inner) is not None for inner in body) >= products:
                     found.append((function, body))
     return found
 

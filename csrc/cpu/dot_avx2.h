@@ -10,7 +10,7 @@ namespace vqvit {
 namespace {
 
 struct DotAvx2 {
-    static constexpr int kRows = 6;  // x 16 columns: 12 accumulators, 2 weights, 1 activation, 1 product: 16 registers
+    static constexpr int kRows = kTileRows;  // 12 accumulators, 2 weights, 1 activation, 1 product: 16 registers
     static constexpr int kGroupBytes = kKGroup * sizeof(int16_t);
     static constexpr bool kReadsU8 = false;
     static constexpr bool kReadsS8 = false;

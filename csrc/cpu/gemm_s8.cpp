@@ -267,11 +267,13 @@ const int8_t* prepared_panels_of(const int8_t* panels, const vqvit_gemm& g, int 
     return prepared;
 }
 
-GemmTask gemm_task(const vqvit_gemm& g, Store store, void* out, int dtype, int threads) {
+GemmTask gemm_task(const vqvit_gemm& g, Store store, void* out, int dtype, int threads, int terms = 0) {
     GemmTask t = {};
     t.gemm = g;
     t.panels = panels_of(g.b, g.b_packed != 0, g, Slot::kPanels, threads);
-    t.prepared_panels = prepared_panels_of(t.panels, g, threads);
+    // Codes of remainders are spread evenly, and their sums are not small.
+    if (terms == 0) t.prepared_panels = prepared_panels_of(t.panels, g, threads);
+    t.terms = terms;
     t.store = store;
     t.out = out;
     t.dtype = dtype;
@@ -371,9 +373,7 @@ int vqvit_cpu_int8_linear_compensated(
     if (!known_dtype(dtype) || !known_dtype(gemm->residual_dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (!known_activation(gemm->activation)) return VQVIT_UNKNOWN_ACTIVATION;
     if (terms < 0 || terms > 7) return VQVIT_UNKNOWN_MODE;
-    GemmTask t = gemm_task(*gemm, Store::kFloat, y, dtype, threads);
-    t.terms = terms;
-    t.prepared_panels = nullptr;  // codes of remainders are spread evenly: their sums do not stay small
+    GemmTask t = gemm_task(*gemm, Store::kFloat, y, dtype, threads, terms);
     t.first_order = first_order;
     t.second_order = second_order;
     if ((terms & (1 | 4)) != 0) t.a_residual = a_residual;

@@ -5,7 +5,19 @@
 
 namespace vqvit {
 
-enum class Slot { kRow, kA, kAResidual, kPanels, kPreparedPanels, kResidualPanels, kGroupSums, kTile, kAttention, kBlock, kCount };
+enum class Slot {
+    kRow,
+    kA,
+    kAResidual,
+    kPanels,
+    kPreparedPanels,
+    kResidualPanels,
+    kGroupSums,
+    kTile,
+    kAttention,
+    kBlock,
+    kCount
+};
 
 // At least `bytes` bytes, 64-byte aligned, kept until this thread asks the slot for more. Throws std::bad_alloc.
 void* scratch(Slot slot, int64_t bytes);

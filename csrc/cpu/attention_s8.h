@@ -66,12 +66,6 @@ struct HeadScratch {
     }
 };
 
-// Whether the numerators of this task are int16, each less kNumeratorOffset.
-template <class Dot>
-inline bool at_once(const AttentionTask& t) {
-    return Dot::kReadsS16 && t.keys <= kMostKeysAtOnce;
-}
-
 // The keys, values and key scales of head `bh` into `s`.
 template <class V, class Dot>
 LoadedHead load_head(const AttentionTask& t, int64_t bh, HeadScratch& s) {
@@ -85,8 +79,8 @@ LoadedHead load_head(const AttentionTask& t, int64_t bh, HeadScratch& s) {
         Dot::pack_transposed(v + i, d, smaller(d - i, kPanel), t.keys, s.v + i / kPanel * panel_bytes(t.keys));
     }
     if constexpr (Dot::kReadsS16) {
-        int16_t* ones = reinterpret_cast<int16_t*>(s.p);
-        std::fill_n(ones, s.value_groups * kKGroup, static_cast<int16_t>(-kNumeratorOffset));
+        int16_t* row = reinterpret_cast<int16_t*>(s.p);
+        std::fill_n(row, s.value_groups * kKGroup, static_cast<int16_t>(-kNumeratorOffset));
         for (int64_t i = 0; i < d; i += kPanel) {
             const int8_t* panel = s.v + i / kPanel * panel_bytes(t.keys);
             Dot::tile(1, kTileVectors, s.p, 0, panel, s.value_groups, nullptr, s.offsets + i, kPanel);
@@ -225,7 +219,7 @@ void attention_head(
     const int64_t q_stride = as_they_are ? d : q_groups * Dot::kGroupBytes;
     const int64_t p_stride = Dot::kReadsU8 ? s.key_columns : s.value_groups * Dot::kGroupBytes;
     const uint8_t* p = Dot::kReadsU8 ? s.digits : s.p;
-    const bool one_sum = at_once<Dot>(t);
+    const bool one_sum = Dot::kReadsS16 && t.keys <= kMostKeysAtOnce;  // of int16 numerators less kNumeratorOffset
     if (loaded.index != bh) loaded = load_head<V, Dot>(t, bh, s);
 
     const int64_t out_stride = t.heads * d * dtype_size(t.dtype);

@@ -19,13 +19,16 @@ struct DotAvx2 {
     static constexpr bool kPreparesPanels = true;
 
     // A group (a0, a1, a2, a3) is stored as int16 (a0, a2, a1, a3): the pairs that even and odd weight bytes meet.
+    static __m128i pair_order() {
+        return _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    }
+
     template <class Code>  // int8_t or uint8_t
     static void prepare(const Code* row, int64_t k, uint8_t* prepared) {
         constexpr bool kSigned = Code(-1) < 0;
         int16_t* target = reinterpret_cast<int16_t*>(prepared);
         const int64_t groups = ceil_div(k, kKGroup);
-        const __m128i pairs = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
-        const __m256i swap = _mm256_broadcastsi128_si256(pairs);
+        const __m256i swap = _mm256_broadcastsi128_si256(pair_order());
         int64_t i = 0;
         for (; i + 16 <= k; i += 16) {
             const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
@@ -41,8 +44,7 @@ struct DotAvx2 {
     // Eight int16 values, each in a lane of v, as two prepared groups.
     static void store_s16(__m256i v, uint8_t* prepared) {
         const __m128i eight = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-        const __m128i pairs = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(prepared), _mm_shuffle_epi8(eight, pairs));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(prepared), _mm_shuffle_epi8(eight, pair_order()));
     }
 
     // acc += weights · activations for pairs (even: channels 0 and 2 of a group; odd: 1 and 3) of 16 columns.

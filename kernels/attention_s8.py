@@ -85,9 +85,10 @@ def _logits(q, row_factor, k_ptr, k_scale_ptr, start, SK, D, BLOCK_N: tl.constex
 @triton.jit
 def _numerators(logits, row_max):
     """Digits hi - 128 and lo - 128 in s8, row sums Σ e in int32, and 0, or NaN for a row that holds NaN."""
-    p = nm.exp2(logits - row_max)
-    bits = (p * nm.P_STEPS + CODE_MAGIC).to(tl.int32, bitcast=True)
-    return ((bits + 128) >> 8).to(tl.int8), bits.to(tl.int8), tl.sum(bits - CODE_BITS, axis=1), tl.sum(p, axis=1) * 0.0
+    steps, power = nm.exp2_factors(logits - row_max, nm.NUMERATOR_COEFFICIENTS, 4)
+    bits = nm.fma(steps, power, CODE_MAGIC).to(tl.int32, bitcast=True)
+    poison = tl.sum(steps, axis=1) * 0.0
+    return ((bits + 128) >> 8).to(tl.int8), bits.to(tl.int8), tl.sum(bits - CODE_BITS, axis=1), poison
 
 
 @triton.jit

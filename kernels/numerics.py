@@ -20,15 +20,15 @@ ASYM_STEPS = tl.constexpr(float(contract.ASYM_STEPS))
 RESIDUAL_STEPS = tl.constexpr(contract.RESIDUAL_STEPS)
 MEAN_GRID_BITS = tl.constexpr(contract.MEAN_GRID_BITS)
 GELU_CLAMP = tl.constexpr(contract.GELU_CLAMP)
-GELU_STRETCH = tl.constexpr(2 / contract.GELU_CLAMP**2)
+GELU_SQUARINGS = tl.constexpr(contract.GELU_SQUARINGS)
 GELU_ERF = tl.constexpr(contract.GELU_COEFFICIENTS["gelu"])
 GELU_TANH = tl.constexpr(contract.GELU_COEFFICIENTS["gelu_tanh"])
 EXP2_COEFFICIENTS = tl.constexpr(contract.EXP2_COEFFICIENTS)
+NUMERATOR_COEFFICIENTS = tl.constexpr(contract.NUMERATOR_COEFFICIENTS)
 EXP2_MIN = tl.constexpr(contract.EXP2_MIN)
 EXP2_MAX = tl.constexpr(-contract.EXP2_MIN)
 MINUS_LOG2_E = tl.constexpr(-contract.LOG2_E)
 QUICK_GELU_SLOPE = tl.constexpr(contract.QUICK_GELU_SLOPE)
-P_STEPS = tl.constexpr(contract.P_STEPS)
 P_BASE = tl.constexpr(contract.P_BASE)
 
 # v + MAGIC has an ulp of 1 for |v| <= 2^22, so the addition rounds v to nearest even, and the sum's bits are
@@ -128,13 +128,20 @@ def polynomial(x, coefficients: tl.constexpr, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def exp2(x):
-    """2^x for x <= 126: n = rne(x), P(x - n) · 2^n; x below -126 counts as -126. NaN stays NaN."""
+def exp2_factors(x, coefficients: tl.constexpr, DEGREE: tl.constexpr):
+    """P(x - n) and 2^n for n = rne(x), x <= 126; x below -126 counts as -126. NaN stays NaN in the first."""
     x = tl.maximum(x, EXP2_MIN, propagate_nan=tl.PropagateNan.ALL)
     shifted = x + MAGIC
     n = shifted.to(tl.int32, bitcast=True) << 23  # the bits of MAGIC leave on the left
     power = (n + ONE_BITS).to(tl.float32, bitcast=True)
-    return polynomial(x - (shifted - MAGIC), EXP2_COEFFICIENTS, 5) * power
+    return polynomial(x - (shifted - MAGIC), coefficients, DEGREE), power
+
+
+@triton.jit
+def exp2(x):
+    """2^x for x <= 126."""
+    mantissa, power = exp2_factors(x, EXP2_COEFFICIENTS, 5)
+    return mantissa * power
 
 
 @triton.jit
@@ -144,7 +151,7 @@ def sigmoid(x):
 
 @triton.jit
 def activation(x, NAME: tl.constexpr):
-    """Elementwise activation. NaN survives: each one multiplies by x, or lets it through."""
+    """Elementwise activation. NaN survives: each one multiplies by x or |x|, or lets it through."""
     if NAME == "relu":
         x = tl.where(x < 0.0, 0.0, x)
     elif NAME == "silu":
@@ -152,13 +159,15 @@ def activation(x, NAME: tl.constexpr):
     elif NAME == "quick_gelu":
         x = x * sigmoid(x * QUICK_GELU_SLOPE)
     elif NAME == "gelu" or NAME == "gelu_tanh":
-        clamped = tl.minimum(tl.maximum(x, -GELU_CLAMP), GELU_CLAMP)
-        u = fma(clamped * clamped, GELU_STRETCH, -1.0)
+        n = -tl.abs(x)
+        clamped = tl.maximum(n, -GELU_CLAMP)
         if NAME == "gelu":
-            half_slope = polynomial(u, GELU_ERF, 11)
+            root = polynomial(clamped, GELU_ERF, 5)
         else:
-            half_slope = polynomial(u, GELU_TANH, 11)
-        x = x * fma(clamped, half_slope, 0.5)
+            root = polynomial(clamped, GELU_TANH, 6)
+        for _ in tl.static_range(GELU_SQUARINGS):
+            root = root * root
+        x = fma(n, root, tl.where(x > 0.0, x, 0.0))
     return x
 
 

@@ -186,7 +186,7 @@ def int8_attention(q, k, v, q_scale, k_scale, v_scale, sm_scale, out_dtype=torch
     acc = (q.double() @ k.double().transpose(-1, -2)).float()
     row_factor = q_scale * nm.round_fp32(sm_scale * nm.LOG2_E)
     logits = (row_factor.unsqueeze(-1) * k_scale.unsqueeze(-2)) * acc
-    e = torch.round(nm.exp2(logits - logits.amax(-1, keepdim=True)) * nm.P_STEPS)
+    e = nm.softmax_numerators(logits - logits.amax(-1, keepdim=True))
     total = e.double().sum(-1).float() + row_factor * 0.0 + (k_scale * 0.0).sum(-1, keepdim=True)
     high = torch.floor(e / nm.P_BASE)
     high_acc, low_acc = ((digit.double() @ v.double()).float() for digit in (high, e - nm.P_BASE * high))

@@ -153,7 +153,7 @@ private:
 
 template <class V>
 inline typename V::I numerators_of(const float* logits, typename V::F top) {
-    return V::to_int(V::mul(exp2<V>(V::sub(V::load(logits), top)), V::set(kPSteps)));
+    return V::to_int(exp2<V>(V::sub(V::load(logits), top), kNumerator));
 }
 
 // e_j - kNumeratorOffset as a prepared row, e_j as below; returns Σ e_j by lane.

@@ -57,6 +57,7 @@ struct Avx2 {
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F min(F a, F b) { return _mm256_min_ps(a, b); }
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
+    static F minus_abs(F v) { return _mm256_or_ps(v, set(-0.0f)); }
 
     static F round(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static F mul_pow2(F v, F n) {

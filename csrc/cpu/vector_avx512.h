@@ -56,6 +56,7 @@ struct Avx512 {
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F min(F a, F b) { return _mm512_min_ps(a, b); }
     static F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static F minus_abs(F v) { return from_bits(_mm512_or_si512(bits(v), set_i(INT32_MIN))); }
 
     static F round(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }  // rne
     static F mul_pow2(F v, F n) { return _mm512_scalef_ps(v, n); }  // v · 2^n for whole n from -126 to 127

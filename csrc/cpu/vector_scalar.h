@@ -62,6 +62,7 @@ struct Scalar {
     static F fma(F a, F b, F c) { return std::fma(a, b, c); }
     static F min(F a, F b) { return a < b ? a : b; }  // b if either is NaN
     static F max(F a, F b) { return a > b ? a : b; }  // b if either is NaN
+    static F minus_abs(F v) { return -std::fabs(v); }
 
     static F round(F v) { return to_float(to_int(v)); }
     static F mul_pow2(F v, F n) { return v * from_bits(static_cast<I>(static_cast<uint32_t>(to_int(n) + 127) << 23)); }

@@ -10,6 +10,7 @@ namespace vqvit {
 namespace {
 
 constexpr float kExp2[] = {VQVIT_EXP2_COEFFICIENTS};
+constexpr float kNumerator[] = {VQVIT_NUMERATOR_COEFFICIENTS};
 constexpr float kGelu[] = {VQVIT_GELU_COEFFICIENTS};
 constexpr float kGeluTanh[] = {VQVIT_GELU_TANH_COEFFICIENTS};
 
@@ -21,27 +22,28 @@ inline typename V::F polynomial(typename V::F x, const float (&c)[N]) {
     return value;
 }
 
-// 2^x for x <= 126; below -126 counts as -126; NaN stays NaN.
-template <class V>
-inline typename V::F exp2(typename V::F x) {
+// 2^x, times what the coefficients hold, for x <= 126; below -126 counts as -126; NaN stays NaN.
+template <class V, int N>
+inline typename V::F exp2(typename V::F x, const float (&coefficients)[N]) {
     x = V::max(V::set(kExp2Min), x);
     const typename V::F n = V::round(x);
-    return V::mul_pow2(polynomial<V>(V::sub(x, n), kExp2), n);
+    return V::mul_pow2(polynomial<V>(V::sub(x, n), coefficients), n);
 }
 
 // 1 / (1 + 2^(-x log2 e)).
 template <class V>
 inline typename V::F sigmoid(typename V::F x) {
     const typename V::F exponent = V::min(V::set(-kExp2Min), V::mul(x, V::set(-kLog2E)));
-    return V::div(V::set(1.0f), V::add(V::set(1.0f), exp2<V>(exponent)));
+    return V::div(V::set(1.0f), V::add(V::set(1.0f), exp2<V>(exponent, kExp2)));
 }
 
-// x · Φ(x): Φ(x) - 1/2 = x · P(2x²/25 - 1) on [-5, 5].
-template <class V>
-inline typename V::F gelu(typename V::F x, const float (&coefficients)[12]) {
-    const typename V::F clamped = V::min(V::set(kGeluClamp), V::max(V::set(-kGeluClamp), x));
-    const typename V::F u = V::fma(V::mul(clamped, clamped), V::set(kGeluStretch), V::set(-1.0f));
-    return V::mul(x, V::fma(clamped, polynomial<V>(u, coefficients), V::set(0.5f)));
+// max(x, 0) + n · Φ(n) with n = -|x| and Φ(n) = P(n)^8 on [-kGeluClamp, 0].
+template <class V, int N>
+inline typename V::F gelu(typename V::F x, const float (&coefficients)[N]) {
+    const typename V::F n = V::minus_abs(x);
+    typename V::F root = polynomial<V>(V::max(V::set(-kGeluClamp), n), coefficients);
+    for (int i = 0; i < kGeluSquarings; ++i) root = V::mul(root, root);
+    return V::fma(n, root, V::max(x, V::set(0.0f)));
 }
 
 // Activation number `Kind` of enum vqvit_activation.

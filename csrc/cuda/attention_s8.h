@@ -181,14 +181,14 @@ VQVIT_DEVICE void share_top(Softmax& s) {
     }
 }
 
-// kMagicBits + rne(65535 · 2^x) for x <= 0; 0 for NaN. The product with 65535 is rounded before the power of two scales
-// it, which is exact where the result is not 0, so the fma rounds once, to the integer.
+// kMagicBits + rne(65535 · 2^x) for x <= 0; 0 for NaN. The power of two scales exactly, so the fma rounds once, to the
+// integer.
 VQVIT_DEVICE uint32_t numerator(float x) {
-    const float coefficients[] = {VQVIT_EXP2_COEFFICIENTS};
+    const float coefficients[] = {VQVIT_NUMERATOR_COEFFICIENTS};
     x = fmaxf(x, kExp2Min);
     const float shifted = x + kMagic;
     const float power = from_bits((bits_of(shifted) << 23) + 0x3f800000);
-    const float steps = polynomial(x - (shifted - kMagic), coefficients) * kPSteps;
+    const float steps = polynomial(x - (shifted - kMagic), coefficients);
     return static_cast<uint32_t>(bits_of(fmaf(steps, power, kMagic)));
 }
 

@@ -51,11 +51,14 @@ VQVIT_DEVICE float sigmoid(float x) {
     return 1.0f / (1.0f + exp2(exponent > -kExp2Min ? -kExp2Min : exponent));
 }
 
-// x · Φ(x): Φ(x) - 1/2 = x · P(2x²/25 - 1) on [-5, 5]. A NaN comes through the last product.
-VQVIT_DEVICE float gelu(float x, const float (&coefficients)[12]) {
-    const float clamped = fminf(fmaxf(x, -kGeluClamp), kGeluClamp);
-    const float u = fmaf(clamped * clamped, kGeluStretch, -1.0f);
-    return x * fmaf(clamped, polynomial(u, coefficients), 0.5f);
+// max(x, 0) + n · Φ(n) with n = -|x| and Φ(n) = P(n)^8 on [-kGeluClamp, 0]. A NaN comes through n.
+template <int N>
+VQVIT_DEVICE float gelu(float x, const float (&coefficients)[N]) {
+    const float n = -fabsf(x);
+    float root = polynomial(fmaxf(n, -kGeluClamp), coefficients);
+    VQVIT_UNROLL
+    for (int i = 0; i < kGeluSquarings; ++i) root *= root;
+    return fmaf(n, root, x > 0.0f ? x : 0.0f);
 }
 
 template <int Kind>

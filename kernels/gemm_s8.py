@@ -13,7 +13,7 @@ Layout: both operands have K contiguous, as int8 tensor cores want them; wgmma r
 Grid: one program per BLOCK_M x BLOCK_N tile, tiles swizzled in groups of GROUP_M rows to share operands in L2.
 Split K: where that fills no device, programs of a second grid axis share a tile's K, store int32 sums, exact in any
 order, and a second launch (`kernels/gemm_s8_split_k.py`) adds and finishes them.
-Operations: 2 · M · N · K int8, and for each output 3 to dequantize, 18 for GELU, 8 for static codes (counted in SASS).
+Operations: 2 · M · N · K int8, and for each output 3 to dequantize, 13 for GELU, 8 for static codes (counted in SASS).
 Bytes: M · K + N · K + M · N · output size from DRAM; (BLOCK_M + BLOCK_N) · K per tile from L2.
 """
 

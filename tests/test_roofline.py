@@ -38,7 +38,7 @@ def test_a_lone_tile_takes_a_whole_wave():
 
 def test_the_epilogue_bounds_a_short_product():
     outputs = 12800 * 12800
-    assert roofline.gemm_us(GPU, 12800, 12800, 1, 0, "gelu", INT8) == pytest.approx(24 * outputs / (100 * 128 * 1e3))
+    assert roofline.gemm_us(GPU, 12800, 12800, 1, 0, "gelu", INT8) == pytest.approx(19 * outputs / (100 * 128 * 1e3))
 
 
 def test_bf16_takes_twice_the_tensor_time():

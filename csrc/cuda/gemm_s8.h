@@ -4,7 +4,7 @@
 // row lane / 4 and columns 8 j + 2 (lane % 4) ..., acc[j][2..3] the row 8 further down. They go through shared memory
 // once, so that eight lanes hold a row: a lane then has the 4 columns 32 i + 4 (lane % 8) ... of each 32, loads and
 // stores are of whole sectors, and a row's maximum takes three shuffles.
-// Operations for each output: 1.5 through shared memory, 3 to dequantize, 18 for GELU, 8 for codes.
+// Operations for each output: 1.5 through shared memory, 3 to dequantize, 13 for GELU, 8 for codes.
 #pragma once
 
 #include "numerics.h"

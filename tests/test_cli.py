@@ -11,7 +11,8 @@ from cli_cases import check_error, run, save_images
 from PIL import Image
 
 import vqvit
-from vqvit import cli, guard
+from vqvit import cli, demo, guard
+from vqvit.timing import Latency
 
 pytest.importorskip("transformers")
 
@@ -202,6 +203,14 @@ def test_demo(capsys, tmp_path):
     w8a8 = str(tmp_path / "demo" / "digits-w8a8")
     status, scores, _ = run(capsys, "eval", w8a8, "--data", "digits")
     assert status == 0 and scores["top1"] * 100 == pytest.approx(rows["W8A8"]["accuracy"])
+
+
+def test_demo_leaves_out_what_is_emulated():
+    latency = {name: Latency(ms, ms, ms, 5) for name, ms in {"fp32": 10.0, "bf16": 21.0, "w8a8": 4.0}.items()}
+    assert demo._emulated(latency) == ["bf16"]
+    without = {name: figures for name, figures in latency.items() if name != "bf16"}
+    assert demo._speedup_cells("bf16", {1: latency, 8: without}) == {"b1_speedup": 10 / 21}
+    assert demo._latency_cells("bf16", {8: without}) == {}
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

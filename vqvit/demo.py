@@ -246,7 +246,7 @@ def _large_section(output: Path, options: DemoOptions, device: torch.device, pro
         "notes": [
             "FP32 and BF16 run eagerly in PyTorch with transformers' default attention; peak memory at batch 1.",
             *(
-                f"{TITLES[e]} takes over twice FP32's time, as it does without instructions for it: not timed at batch 8."
+                f"{TITLES[e]} takes over twice FP32's time, as without instructions for it: not timed at batch 8."
                 for e in emulated
             ),
             *_measuring_notes(device),

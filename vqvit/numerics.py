@@ -76,7 +76,7 @@ P_STEPS = 65535.0
 One digit loses every key below 1/510 of the largest: about 3 dB of DINOv2-small's CLS feature (benchmarks/results).
 """
 
-# 65535 · 2^f for f in [-1/2, 1/2], minimax of degree 4 in relative error, constant term pinned: 2.8e-6, a fifth of a step.
+# 65535 · 2^f for f in [-1/2, 1/2], minimax of degree 4 in relative error, first term pinned: 2.8e-6, a fifth of a step.
 NUMERATOR_COEFFICIENTS = (P_STEPS, 45423.875, 15744.1650390625, 3663.927490234375, 628.1386108398438)
 
 P_BASE = 256.0

@@ -31,7 +31,7 @@ def test_builds_take_turns_and_are_compared_with_the_checkout(monkeypatch):
 
 def test_other_bits_are_not_timed(monkeypatch):
     builds = {cpu_builds.HERE: 0.0, "HEAD": 1e-3}
-    with pytest.raises(RuntimeError, match="HEAD: expected the bits of checkout, or --difference 0; got 0.0"):
+    with pytest.raises(RuntimeError, match=r"HEAD: expected the bits of checkout, or --difference 0; got 0\.0"):
         cpu_builds.compare(builds, Server(monkeypatch), 2, seconds=0.0)
     assert len(cpu_builds.compare(builds, Server(monkeypatch), 2, seconds=0.0, allowed=0.1)) == 2
 

@@ -44,17 +44,12 @@ def sources(revision: str, folder: Path) -> Path:
 def load(csrc: Path, path: Path):
     """The CPU library of `csrc`, compiled to `path`."""
     _build.build(csrc, _build.CPU, path)
-    return native._declare(native._open(path), "cpu")
-
-
-def use(library) -> None:
-    """Every later call of a CPU kernel goes to `library`."""
-    native._loaded[_build.CPU.file] = library
+    return native.open_cpu(path)
 
 
 def call_of(library, session: Session, images: np.ndarray):
     def call() -> dict[str, np.ndarray]:
-        use(library)
+        native.use_cpu(library)
         return session(images)
 
     return call
@@ -110,7 +105,7 @@ def main() -> None:
         except ValueError as error:
             parser.error(str(error))
         libraries = {r: load(csrc, folder / f"{i}.so") for i, (r, csrc) in enumerate(places.items())}
-        use(libraries[HERE])
+        native.use_cpu(libraries[HERE])
         for arch in [None] if arguments.model else arguments.arch.split(","):
             exported = arguments.model
             if arch is not None:

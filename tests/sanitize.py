@@ -26,8 +26,7 @@ def main() -> int:
     if os.environ.get(READY) != "1":
         return _with_runtimes()
     library = dataclasses.replace(_build.CPU, flags=(*_build.CPU.flags, *FLAGS))
-    loaded = native._open(native.cached_library(native.csrc_directory(), library))
-    native._loaded[_build.CPU.file] = native._declare(loaded, "cpu")
+    native.use_cpu(native.open_cpu(native.cached_library(native.csrc_directory(), library)))
     import pytest
 
     files = [str(Path(__file__).with_name(name)) for name in FILES]

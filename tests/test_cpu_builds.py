@@ -14,7 +14,7 @@ class Server:
 
     def __init__(self, monkeypatch):
         self.used = []
-        monkeypatch.setattr(cpu_builds, "use", self.used.append)
+        monkeypatch.setattr(cpu_builds.native, "use_cpu", self.used.append)
 
     def __call__(self, images):
         assert images.shape == (2, 3, 4, 4) and images.dtype == np.float32

@@ -152,6 +152,17 @@ def cpu_unavailable() -> str | None:
     return None
 
 
+def open_cpu(path: Path) -> ctypes.CDLL:
+    """The CPU library at `path`, as `_build.build` wrote it from these sources or others of the same interface."""
+    return _declare(_open(path), CPU.device)
+
+
+def use_cpu(library: ctypes.CDLL) -> None:
+    """Every later call of a CPU kernel goes to `library`, from `open_cpu`: for comparing builds, and sanitizers."""
+    with _locks[CPU.file]:
+        _loaded[CPU.file] = library
+
+
 def cuda_unavailable() -> str | None:
     """Why the CUDA library cannot be used, or None if it is there or can be built (which takes minutes: not now)."""
     library = CUDA_TWIN if emulating_cuda() else CUDA

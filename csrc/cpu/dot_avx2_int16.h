@@ -28,9 +28,7 @@ constexpr int kStrip = 16;  // columns of a tile
 constexpr int kStrips = kPanel / kStrip;
 constexpr int64_t kStripGroup = kStrip * kKGroup;  // bytes
 constexpr int64_t kStripChunk = kChunkGroups * kStripGroup;
-constexpr int kTileRows = 6;
-constexpr int kRunRows = 3;           // x 16 columns: 6 sums, 6 totals, 2 weights, 1 group of codes, 1 product: 16 registers
-constexpr int64_t kRunChunks = 64;    // whose weights, 16 KiB of a strip, wait in L1 for the tile's other rows
+constexpr int kTileRows = 6;  // x 16 columns: 12 sums, 2 weights, 1 group of codes, 1 product: 16 registers
 constexpr int kPairLimit = 128;
 constexpr int64_t kNormLanes = 8;  // norms are compared so many at once
 
@@ -217,60 +215,37 @@ inline bool prepare_int16_rows(const int8_t* a, int64_t a_stride, int rows, int6
     return true;
 }
 
-// out[r] += Σ_k a'[first_row + r] b over chunks [first, last) whose lanes stay within int16, for the columns of a strip.
+// out[r] += Σ_k a'[r] b over chunks [first, last) whose lanes stay within int16, for the 16 columns of a strip.
 template <int R>
 __attribute__((noinline)) void add_chunks(
-    const uint8_t* blocks, int first_row, const int8_t* strip, int64_t first, int64_t last, int32_t* out) {
-    const uint8_t* codes = blocks + first * RowsLayout::kBlock + first_row * kChunk;
-    const uint8_t* starts = blocks + first * RowsLayout::kBlock + RowsLayout::kStarts + first_row * sizeof(int32_t);
+    const uint8_t* blocks, const int8_t* strip, int64_t first, int64_t last, int32_t* out) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const uint8_t* block = blocks + first * RowsLayout::kBlock;
     const int8_t* b = strip + first * kStripChunk;
-    __m256i totals[R][2];
-#pragma GCC unroll 3
-    for (int r = 0; r < R; ++r) {
-        totals[r][0] = load_256(out + r * kPanel);
-        totals[r][1] = load_256(out + r * kPanel + 8);
-    }
-    for (int64_t c = first; c < last; ++c, b += kStripChunk) {
+    for (int64_t c = first; c < last; ++c, block += RowsLayout::kBlock, b += kStripChunk) {
         __m256i sums[R][2];
 #pragma GCC unroll 4
         for (int g = 0; g < kChunkGroups; ++g) {
             const __m256i b0 = load_256(b + g * kStripGroup), b1 = load_256(b + g * kStripGroup + 32);
-#pragma GCC unroll 3
+#pragma GCC unroll 6
             for (int r = 0; r < R; ++r) {
-                if (g == 0) sums[r][0] = sums[r][1] = _mm256_set1_epi32(load_32(starts + r * 4));
-                const __m256i group = _mm256_set1_epi32(load_32(codes + r * kChunk + g * kKGroup));
-                sums[r][0] = _mm256_add_epi16(sums[r][0], _mm256_maddubs_epi16(b0, group));
-                sums[r][1] = _mm256_add_epi16(sums[r][1], _mm256_maddubs_epi16(b1, group));
+                if (g == 0) {
+                    sums[r][0] = sums[r][1] = _mm256_set1_epi32(load_32(block + RowsLayout::kStarts + r * 4));
+                }
+                const __m256i codes = _mm256_set1_epi32(load_32(block + r * kChunk + g * kKGroup));
+                sums[r][0] = _mm256_add_epi16(sums[r][0], _mm256_maddubs_epi16(b0, codes));
+                sums[r][1] = _mm256_add_epi16(sums[r][1], _mm256_maddubs_epi16(b1, codes));
                 asm("" : "+x"(sums[r][0]), "+x"(sums[r][1]));  // else GCC adds products of two groups first, and spills
             }
         }
-        __m256i ones = _mm256_set1_epi16(1);
-        asm("" : "+x"(ones));  // a register of this place alone: the products above need all of them
-#pragma GCC unroll 3
+#pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
-                totals[r][v] = _mm256_add_epi32(totals[r][v], _mm256_madd_epi16(sums[r][v], ones));
+                int32_t* target = out + r * kPanel + v * 8;
+                store_256(target, _mm256_add_epi32(load_256(target), _mm256_madd_epi16(sums[r][v], ones)));
             }
         }
-        codes += RowsLayout::kBlock;
-        starts += RowsLayout::kBlock;
-    }
-#pragma GCC unroll 3
-    for (int r = 0; r < R; ++r) {
-        store_256(out + r * kPanel, totals[r][0]);
-        store_256(out + r * kPanel + 8, totals[r][1]);
-    }
-}
-
-// The same for all rows of a tile.
-inline void add_run(
-    int rows, const uint8_t* blocks, const int8_t* strip, int64_t first, int64_t last, int32_t* out) {
-    using Run = void (*)(const uint8_t*, int, const int8_t*, int64_t, int64_t, int32_t*);
-    static constexpr Run by_rows[kRunRows] = {add_chunks<1>, add_chunks<2>, add_chunks<3>};
-    if (first == last) return;
-    for (int r = 0; r < rows; r += kRunRows) {
-        by_rows[std::min(rows - r, kRunRows) - 1](blocks, r, strip, first, last, out + r * kPanel);
     }
 }
 
@@ -293,13 +268,14 @@ inline void add_groups_in_int32(const void* codes, const int8_t* b, int32_t* out
     store_256(out + 8, sums[1]);
 }
 
-// out (rows, 16 of 64) = Σ a' b over chunks [first, last) of a tile and a strip; `first`: a multiple of kNormLanes.
-inline void add_strip(
-    int rows, const uint8_t* tile, const RowsLayout& layout, const int8_t* strip, const float* strip_norms,
-    int64_t first, int64_t last, int32_t* out) {
+// out (R, 16 of 64) = Σ a' b over chunks [first, last) of a tile's rows and a strip; `first`: a multiple of kNormLanes.
+template <int R>
+void add_strip(
+    const uint8_t* tile, const RowsLayout& layout, const int8_t* strip, const float* strip_norms, int64_t first,
+    int64_t last, int32_t* out) {
     const uint8_t* blocks = tile + RowsLayout::kHeader;
     const float* norms = reinterpret_cast<const float*>(tile + layout.norms_at);
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < R; ++r) {
         store_256(out + r * kPanel, _mm256_setzero_si256());
         store_256(out + r * kPanel + 8, _mm256_setzero_si256());
     }
@@ -310,20 +286,15 @@ inline void add_strip(
         int wide = _mm256_movemask_ps(_mm256_cmp_ps(product, bound, _CMP_NLE_UQ));  // NaN counts
         for (; wide != 0; wide &= wide - 1) {
             const int64_t chunk = c + __builtin_ctz(static_cast<unsigned>(wide));
-            add_run(rows, blocks, strip, begin, chunk, out);
+            add_chunks<R>(blocks, strip, begin, chunk, out);
             const uint8_t* codes = blocks + chunk * RowsLayout::kBlock;
-            for (int r = 0; r < rows; ++r) {
+            for (int r = 0; r < R; ++r) {
                 add_groups_in_int32<kChunkGroups>(codes + r * kChunk, strip + chunk * kStripChunk, out + r * kPanel);
             }
             begin = chunk + 1;
         }
-        if (c + kNormLanes - begin >= kRunChunks) {
-            const int64_t end = smaller(c + kNormLanes, last);
-            add_run(rows, blocks, strip, begin, end, out);
-            begin = end;
-        }
     }
-    add_run(rows, blocks, strip, begin, last, out);
+    add_chunks<R>(blocks, strip, begin, last, out);
 }
 
 // out (rows, 64) += e b of the extras of chunks [first, last), of which the first begins a segment.
@@ -346,12 +317,15 @@ inline void add_extras(
 // out (rows, 64) = Σ a b over chunks [first, last) of a tile's rows and a prepared panel.
 inline void int16_tile(
     int rows, const uint8_t* tile, int64_t k, const int8_t* panel, int64_t first, int64_t last, int32_t* out) {
+    using Strip = void (*)(const uint8_t*, const RowsLayout&, const int8_t*, const float*, int64_t, int64_t, int32_t*);
+    static constexpr Strip by_rows[kTileRows] = {add_strip<1>, add_strip<2>, add_strip<3>,
+                                                 add_strip<4>, add_strip<5>, add_strip<6>};
     const RowsLayout rows_layout(k);
     const PanelLayout layout(k);
     const float* norms = reinterpret_cast<const float*>(panel + layout.norms_at());
     for (int s = 0; s < kStrips; ++s) {
         const int8_t* strip = panel + s * layout.strip_bytes();
-        add_strip(rows, tile, rows_layout, strip, norms + s * layout.norm_stride, first, last, out + s * kStrip);
+        by_rows[rows - 1](tile, rows_layout, strip, norms + s * layout.norm_stride, first, last, out + s * kStrip);
     }
     add_extras(rows, tile, rows_layout, panel, layout.strip_bytes(), first, last, out);
 }

@@ -2,6 +2,7 @@
 # make test   the tests
 # make check  lint and formatting
 # make sanitize  the op tests on kernels with address and undefined-behaviour sanitizers
+# make emulate  the op tests on kernels of AVX-512 VNNI and AVX-VNNI, emulated with AVX2
 # make bench  latency and error tables, appended to benchmarks/results/
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check sanitize bench
+.PHONY: demo test check sanitize emulate bench
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m vqvit.cli demo --output demo-output
@@ -24,6 +25,9 @@ check: $(INSTALLED)
 
 sanitize: $(INSTALLED)
 	$(VENV)/bin/python tests/sanitize.py
+
+emulate: $(INSTALLED)
+	$(VENV)/bin/python tests/emulate.py
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/cpu_latency.py

@@ -19,6 +19,12 @@ FLAGS = (
 )  # fmt: skip
 RUNTIMES = ("libasan.so", "libubsan.so")  # python itself is not instrumented: they are loaded before it
 FILES = ("test_ops_parity.py", "test_cpu_isa.py", "test_fused_block.py")
+ARGUMENTS = (
+    "-q", "-p", "no:cacheprovider", *(str(Path(__file__).with_name(name)) for name in FILES),
+    "-k", "not triton and not cuda",
+)  # fmt: skip
+"""Of pytest: the op tests of the CPU's kernels."""
+
 READY = "VQVIT_SANITIZERS_LOADED"
 
 
@@ -29,8 +35,7 @@ def main() -> int:
     native.use_cpu(native.open_cpu(native.cached_library(native.csrc_directory(), library)))
     import pytest
 
-    files = [str(Path(__file__).with_name(name)) for name in FILES]
-    return pytest.main(["-q", "-p", "no:cacheprovider", *files, "-k", "not triton and not cuda", *sys.argv[1:]])
+    return pytest.main([*ARGUMENTS, *sys.argv[1:]])
 
 
 def _with_runtimes() -> int:

@@ -11,7 +11,7 @@ over the keys finds the maximum and a second recomputes the logits. Triton multi
 minus 128 and 128 · Σ_j v[j, d] is added back: exact.
 Masked keys have e = 0 and zero rows of v, so they add nothing. D is padded to a power of two, at least 64.
 Bytes: q, k, v and out once from DRAM; each block of queries reads its head's k and v again from L2.
-Operations: 6 Sq Sk D int8 and 24 Sq Sk fp32 for a head, most of them the degree-5 exponential: that is what bounds it.
+Operations: 6 Sq Sk D int8 and 22 Sq Sk fp32 for a head, most of them the degree-4 exponential: that is what bounds it.
 v has D contiguous while its product contracts over tokens: its tile is transposed byte by byte in shared memory, about
 Sk · D stores a program.
 """

@@ -135,7 +135,9 @@ def pow2(exponent: Tensor) -> Tensor:
 
 
 def exp2(x: Tensor, coefficients: tuple[float, ...] = EXP2_COEFFICIENTS) -> Tensor:
-    """2^x for x <= 126 in fp32: n = rne(x), P(x - n) · 2^n; x below -126 counts as -126. NaN stays NaN."""
+    """2^x for x <= 126 in fp32: n = rne(x), P(x - n) · 2^n, times what P's `coefficients` hold; x below -126 counts as
+    -126. NaN stays NaN.
+    """
     x = torch.where(x < EXP2_MIN, EXP2_MIN, x)
     n = torch.round(x)
     return polynomial(x - n, coefficients) * pow2(n)

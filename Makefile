@@ -2,7 +2,7 @@
 # make test   the tests
 # make check  lint and formatting
 # make sanitize  the op tests on kernels with address and undefined-behaviour sanitizers
-# make emulate  the op tests on kernels of AVX-512 VNNI and AVX-VNNI, emulated with AVX2
+# make emulate  all op tests on kernels of AVX-512 VNNI and AVX-VNNI, emulated with AVX2
 # make bench  latency and error tables, appended to benchmarks/results/
 
 PYTHON ?= python3

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -54,6 +55,12 @@ EMULATED Vector map(const Vector& a, const Vector& b, const F& f) {
     const auto x = Lanes<T, sizeof(Vector)>::of(a), y = Lanes<T, sizeof(Vector)>::of(b);
     return make<Vector, T>([&](int i) { return f(x.lane[i], y.lane[i]); });
 }
+// The same bits as another type.
+template <class To, class From>
+EMULATED To cast(const From& a) {
+    return Lanes<uint8_t>::of(a).template as<To>();
+}
+// Lanes of type T as integers of To's size for as many lanes, the excess of wider ones cut off.
 template <class To, class T, class From>
 EMULATED To convert(const From& a) {
     const auto x = Lanes<T, sizeof(From)>::of(a);
@@ -345,8 +352,8 @@ EMULATED void store(void* p, const Vector& v) {
 #define _mm512_set1_epi16(v) emulated::set1<int16_t>(v)
 #define _mm512_set1_epi32(v) emulated::set1<int32_t>(v)
 #define _mm512_setzero_si512() emulated::set1<int32_t>(0)
-#define _mm512_castps_si512(v) emulated::load<__m512i>(&(const __m512&)(v))
-#define _mm512_castsi512_ps(v) emulated::load<__m512>(&(const __m512i&)(v))
+#define _mm512_castps_si512 emulated::cast<__m512i>
+#define _mm512_castsi512_ps emulated::cast<__m512>
 #define _mm512_dpbusd_epi32 emulated::dpbusd<__m512i>
 #define _mm512_mask_mov_ps emulated::mask_mov<__m512>
 #define _mm512_mask_mov_epi32 emulated::mask_mov<__m512i>

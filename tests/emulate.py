@@ -1,7 +1,8 @@
 """The op tests on the kernels of instruction sets that this CPU lacks, emulated: `make emulate`.
 
-AVX-512 VNNI and AVX-VNNI kernels are compiled from their sources, with the intrinsics of emulated/avx512.h. What runs
-is what those CPUs run but for the compiler's choice of instructions: the same bits are the same arithmetic. Needs AVX2.
+`make test` runs the op cases so where they cannot run otherwise (test_emulated.py). AVX-512 VNNI and AVX-VNNI kernels
+are compiled from their sources, with the intrinsics of emulated/avx512.h. What runs is what those CPUs run but for
+the compiler's choice of instructions: the same bits are the same arithmetic. Needs AVX2.
 """
 
 import dataclasses

@@ -262,7 +262,7 @@ def _latency(models: dict, images: Tensor, seconds: float, device: torch.device,
 
 
 def _emulated(latency: dict[str, Latency]) -> list[str]:
-    """Engines several times as slow as FP32: BF16 where the CPU has no instructions for it, seconds an image."""
+    """Engines that take over twice FP32's time: BF16 where the CPU has no instructions for it, seconds an image."""
     return [engine for engine, figures in latency.items() if figures.median_ms > 2 * latency["fp32"].median_ms]
 
 

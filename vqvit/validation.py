@@ -23,11 +23,11 @@ def check_tensor(
     like: Tensor | None = None,
 ) -> None:
     """Check dtype (`TypeError`), shape and device. A None in `shape` matches any size; a leading ... any dimensions."""
-    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    dtypes = dtypes if type(dtypes) is tuple else (dtypes,)
     if tensor.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: expected {name} of dtype {names}; got {str(tensor.dtype).removeprefix('torch.')}")
-    if shape is not None and not _fits(tensor.shape, shape):
+    if shape is not None and not (tensor.shape == shape if None not in shape else _fits(tensor.shape, shape)):
         wanted = ", ".join("*" if s is None else "..." if s is ... else str(s) for s in shape)
         raise ValueError(f"{op}: expected {name} of shape ({wanted}); got {tuple(tensor.shape)}")
     if like is not None and tensor.device != like.device:

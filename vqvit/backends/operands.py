@@ -31,7 +31,9 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def fp32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.float().contiguous()
 
 
 def row_major(tensor: Tensor | None) -> Tensor | None:

@@ -88,10 +88,10 @@ class EncoderBlock(QuantModule):
 
     def _queries(self, tokens: int, requested: bool) -> int:
         """Tokens whose result is computed; calibration observes all of them."""
-        observed = self.head_observer is not None or any(getattr(self, role).observer is not None for role in ROLES)
-        if self.plan.leading_tokens is None or not requested or observed:
+        if self.plan.leading_tokens is None or not requested:
             return tokens
-        return min(self.plan.leading_tokens, tokens)
+        observed = self.head_observer is not None or any(getattr(self, role).observer is not None for role in ROLES)
+        return tokens if observed else min(self.plan.leading_tokens, tokens)
 
     def _check_masks(self, attention_mask: Tensor | None, head_mask: Tensor | None) -> None:
         """transformers makes a mask of ones when a model is exported: what it holds is checked at run time."""

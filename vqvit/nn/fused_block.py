@@ -1,4 +1,8 @@
-"""A block of the common configuration as one call: the same bits as its ops one by one, without what lies between."""
+"""A block of the common configuration as one call: the same bits as its ops one by one, without what lies between.
+
+Buffers and layers are read from `nn.Module`'s dictionaries, which names them by attribute only after a lookup that
+fails: 40 of those cost a block as much as its way through PyTorch's dispatcher.
+"""
 
 from torch import Tensor
 
@@ -21,10 +25,13 @@ def runs_in_one_call(block) -> bool:
     compensation and packed (for the CPU kernels) with no hook that watches them, and attention is int8 with dynamic
     scales.
     """
-    dynamic = block.plan.attention == "int8" and block.plan.attention_scales == "dynamic"
-    if not dynamic or block.fc2.plan.delta != 0.0:
+    plan, layers = block.plan, block._modules
+    if plan.attention != "int8" or plan.attention_scales != "dynamic" or layers["fc2"].plan.delta != 0.0:
         return False
-    return all(_is_common(getattr(block, role), ACTIVATIONS[role]) for role in ROLES)
+    for role, activations in ACTIVATIONS.items():
+        if not _is_common(layers[role], activations):
+            return False
+    return True
 
 
 def _is_common(layer, activations: tuple[str, ...]) -> bool:
@@ -34,19 +41,17 @@ def _is_common(layer, activations: tuple[str, ...]) -> bool:
         return False
     plan = layer.plan
     plain = plan.activation in activations and plan.tier == "int8" and plan.compensation == "none"
-    return plain and layer.packed
+    return plain and layer._buffers["codes"].dim() == 4  # packed
 
 
 def run_in_one_call(block, x: Tensor, leading_tokens: int | None = None) -> Tensor:
     """The block's result (B, S, D) for x (B, S, D), if `runs_in_one_call`; (B, L, D) of the first L tokens alone."""
-    groups = [getattr(block, role).plan.activation == "per_token_group" for role in ("attn_out", "fc2")]
-    weights = [part for role in ROLES for part in _weight(getattr(block, role))]
+    qkv, attn_out, fc1, fc2 = layers = [block._modules[role] for role in ROLES]
+    own = block._buffers
+    weights = [layer._buffers[part] for layer in layers for part in ("codes", "scale", "bias")]
     return ops.int8_encoder_block(
-        x, block.num_heads, block.softmax_scale, block.norm1_weight, block.norm1_bias, block.eps1, block.norm2_weight,
-        block.norm2_bias, block.eps2, *weights, block.layer_scale1, block.layer_scale2, block.activation,
-        block.qkv.plan.delta, block.attn_out.plan.delta, block.fc1.plan.delta, *groups, leading_tokens,
+        x, block.num_heads, block.softmax_scale, own["norm1_weight"], own["norm1_bias"], block.eps1,
+        own["norm2_weight"], own["norm2_bias"], block.eps2, *weights, own["layer_scale1"], own["layer_scale2"],
+        block.activation, qkv.plan.delta, attn_out.plan.delta, fc1.plan.delta,
+        attn_out.plan.activation == "per_token_group", fc2.plan.activation == "per_token_group", leading_tokens,
     )  # fmt: skip
-
-
-def _weight(layer: QuantLinear) -> tuple[Tensor, Tensor, Tensor | None]:
-    return layer.codes, layer.scale, layer.bias

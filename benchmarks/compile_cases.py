@@ -155,6 +155,11 @@ def row_cases() -> Iterator[Case]:
             layernorm_quantize.layernorm_quantize, meta(12608, 1024, dtype=half), channels, channels, 1e-6, 0.5
         ),
     )
+    channels = meta(768, dtype=half)
+    yield Case(
+        "layer_norm 12608x768",
+        functools.partial(layernorm_quantize.layer_norm, meta(12608, 768, dtype=half), channels, channels, 1e-6),
+    )
     yield Case("quantize_per_token 12608x3072", functools.partial(quantize.quantize_per_token, x))
     yield Case("quantize_per_token asymmetric", functools.partial(quantize.quantize_per_token, x, symmetric=False))
     yield Case("quantize_per_token 197x20000", functools.partial(quantize.quantize_per_token, meta(197, 20000), 0.5))
@@ -213,6 +218,7 @@ def option_cases() -> Iterator[Case]:
         yield case(
             layernorm_quantize.layernorm_quantize, x, channels, channels, 1e-6, delta=0.5, row_sum=True, paper=True
         )
+        yield case(layernorm_quantize.layer_norm, x, channels, channels, 1e-6, paper=True)
         yield case(layernorm_quantize.add_layernorm_quantize, meta(m, k), x, channels, channels, 1e-6, scale=meta())
     long_rows = meta(2, 20000, dtype=half)
     yield case(quantize.quantize_per_token, long_rows, symmetric=False, row_sum=True)

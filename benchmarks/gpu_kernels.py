@@ -68,6 +68,7 @@ def row_calls(run: Run, batch: int, shape: roofline.Shape) -> dict[str, tuple[Ca
     qkv = torch.randn(batch, shape.tokens, 3 * w, device=run.device, dtype=half)
     weight, bias = torch.randn(2, w, device=run.device)
     return {
+        "layer_norm": (lambda: ops.layer_norm(x, weight, bias, 1e-6), 4 * m * w),
         "layernorm_quantize": (lambda: ops.layernorm_quantize(x, weight, bias, 1e-6), 3 * m * w),
         "add_layernorm_quantize": (lambda: ops.add_layernorm_quantize(x, x, weight, bias, 1e-6), 7 * m * w),
         "quantize_per_token": (lambda: ops.quantize_per_token(wide), 3 * m * shape.mlp),

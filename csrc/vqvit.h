@@ -85,6 +85,11 @@ VQVIT_EXPORT int vqvit_cpu_quantize_residual(
     const void* x, int dtype, const int8_t* codes, const float* scale, int64_t rows, int64_t k, int8_t* residual_codes,
     int threads);
 
+/* layer_norm: x and y (rows, k) of dtype; weight, bias (k) fp32; paper: 1 for 1 / (sd + eps). */
+VQVIT_EXPORT int vqvit_cpu_layer_norm(
+    const void* x, int dtype, const float* weight, const float* bias, int64_t rows, int64_t k, float eps, int paper,
+    void* y, int threads);
+
 /* layernorm_quantize (residual and stream NULL) and add_layernorm_quantize.
  *   x (rows, k) of dtype; residual (rows, k) of residual_dtype; layer_scale (k) or NULL; weight, bias (k) fp32.
  *   paper: 1 for 1 / (sd + eps). static_scale (1) or NULL: per token with `delta`.
@@ -230,6 +235,11 @@ VQVIT_EXPORT int vqvit_cuda_quantize_per_group(
 VQVIT_EXPORT int vqvit_cuda_quantize_residual(
     const void* x, int dtype, int64_t rows, int64_t k, int64_t x_stride, const int8_t* codes, const float* scale,
     int8_t* residual_codes, void* stream);
+
+/* layer_norm: y (rows, k) of dtype; weight and bias (k) of their own dtypes. */
+VQVIT_EXPORT int vqvit_cuda_layer_norm(
+    const void* x, int dtype, int64_t x_stride, const void* weight, int weight_dtype, const void* bias, int bias_dtype,
+    int64_t rows, int64_t k, float eps, int paper, void* y, void* stream);
 
 /* layernorm_quantize (residual and residual_stream NULL) and add_layernorm_quantize. weight, bias and layer_scale (k) of
  * their own dtypes; residual rows residual_stride apart. */

@@ -1,10 +1,11 @@
-"""(Residual add +) LayerNorm + quantization in one pass, bit for bit that of `vqvit.reference`.
+"""(Residual add +) LayerNorm (+ quantization) in one pass, bit for bit that of `vqvit.reference`.
 
     stream = residual + layer_scale ∘ x                                    (optional, rounded to residual's dtype)
     y = (stream - mean) / sqrt(var + ε) · γ + β                            (paper: / (sd + ε))
     α_t = max(1e-8, (max|y_t| + δ sd(y_t)) / 127) or static,  q = clamp(rne(y / α_t), -127, 127)
 
-Shapes: x, residual, stream (M, K) float; γ, β, layer_scale (K,) float -> codes (M, K) int8, scales (M,) fp32.
+Shapes: x, residual, stream (M, K) float; γ, β, layer_scale (K,) float -> codes (M, K) int8, scales (M,) fp32; or y
+(M, K) in x's dtype.
 Grid: one program per ROWS rows of a tile (ROWS, BLOCK >= K) that stays in registers: every element is read once.
 Bytes: (input size + 1) · M · K, with the residual (3 · input size + 1) · M · K; about 30 operations an element.
 Mean and variance are exact int64 sums on a grid of 2^-21 of the row's largest magnitude (numerics §4), 3 of the 30.
@@ -24,6 +25,44 @@ from vqvit.kernels.quantize import row_config, row_sum, store_per_row
 def _load_channels(ptr, cols, K):
     """(1, BLOCK) fp32 of a float vector (K,), 0 beyond."""
     return nm.to_fp32(tl.load(ptr + cols[None, :], mask=cols[None, :] < K, other=0.0))
+
+
+@triton.jit
+def _normalize(x, weight_ptr, bias_ptr, cols, eps, K, PAPER: tl.constexpr):
+    """(y of the tile x, 0 beyond K, where weight and bias are; whether a row is finite: y means nothing elsewhere)."""
+    valid = cols[None, :] < K
+    absmax, finite = nm.row_absmax(x)
+    deviation, variance = nm.row_deviation(x, valid, nm.grid_exponent(absmax), K)
+    if PAPER:
+        spread = tl.sqrt_rn(variance) + eps
+    else:
+        spread = tl.sqrt_rn(variance + eps)
+    weight = _load_channels(weight_ptr, cols, K)
+    bias = _load_channels(bias_ptr, cols, K)
+    return nm.fma(deviation * tl.div_rn(1.0, spread), weight, bias), finite
+
+
+@triton.jit
+def _layer_norm_kernel(
+    x_ptr,  # (M, K) float
+    weight_ptr,  # (K,) float
+    bias_ptr,  # (K,) float
+    y_ptr,  # (M, K) in x's dtype
+    eps,  # fp32
+    M,
+    K,
+    stride_xm,
+    PAPER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    inside = (rows[:, None] < M) & (cols[None, :] < K)
+    x = nm.to_fp32(tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_xm + cols[None, :], mask=inside, other=0.0))
+    y, finite = _normalize(x, weight_ptr, bias_ptr, cols, eps, K, PAPER)
+    y = nm.from_fp32(tl.where(finite, y, float("nan")), y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows[:, None].to(tl.int64) * K + cols[None, :], y, mask=inside)
 
 
 @triton.jit
@@ -69,18 +108,8 @@ def _layernorm_quantize_kernel(
         tl.store(stream_ptr + out_offsets, stream, mask=inside)
         x = nm.to_fp32(stream)
 
-    # LayerNorm
-    absmax, finite = nm.row_absmax(x)
-    deviation, variance = nm.row_deviation(x, valid, nm.grid_exponent(absmax), K)  # meaningless where not finite
-    if PAPER:
-        spread = tl.sqrt_rn(variance) + eps
-    else:
-        spread = tl.sqrt_rn(variance + eps)
-    weight = _load_channels(weight_ptr, cols, K)
-    bias = _load_channels(bias_ptr, cols, K)
-    y = nm.fma(deviation * tl.div_rn(1.0, spread), weight, bias)  # 0 beyond K, where weight and bias are
-
-    # quantize, store
+    # LayerNorm, quantize, store
+    y, finite = _normalize(x, weight_ptr, bias_ptr, cols, eps, K, PAPER)
     if static_scale_ptr is not None:
         codes, scale = nm.quantize_rows_static(tl.where(finite, y, float("nan")), tl.load(static_scale_ptr))
     else:
@@ -112,6 +141,22 @@ def _launch(x, residual, weight, bias, eps, layer_scale, delta, static_scale, wa
             PAPER=paper, HAS_DELTA=delta != 0.0, ROWS=rows, BLOCK=block, num_warps=num_warps, **EXACT,
         )  # fmt: skip
     return codes, scale, sums, stream
+
+
+def layer_norm(x, weight, bias, eps, paper=False):
+    y, k = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[-1]
+    x = row_major(x.reshape(-1, k))
+    m = x.shape[0]
+    if m == 0:
+        return y
+
+    rows, block, num_warps = row_config(device_of(x), m, k)
+    with on(x):
+        _layer_norm_kernel[(triton.cdiv(m, rows),)](
+            x, vector(weight), vector(bias), y, eps, m, k, x.stride(0),
+            PAPER=paper, ROWS=rows, BLOCK=block, num_warps=num_warps, **EXACT,
+        )  # fmt: skip
+    return y
 
 
 def layernorm_quantize(x, weight, bias, eps, delta=0.0, scale=None, row_sum=False, paper=False):

@@ -277,6 +277,11 @@ CASES = {
         **{name: lambda x=x: (x(), torch.tensor(0.037)) for name, x in ROWS.items()},
         "equalizer_sums": lambda: (normal(11, 70), torch.tensor(0.02), torch.rand(70) + 0.5, True),
     },
+    "layer_norm": {
+        **{name: lambda x=x: norm_args(x()) for name, x in ROWS.items()},
+        "paper": lambda: (*norm_args(normal(11, 70)), True),
+        "vectors_of_halves": lambda: (normal(11, 70), *torch.randn(2, 70).half(), 1e-6),
+    },
     "layernorm_quantize": {
         **{name: lambda x=x: norm_args(x()) for name, x in ROWS.items()},
         "delta": lambda: (*norm_args(normal(11, 70)), 0.5),

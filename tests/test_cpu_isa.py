@@ -251,6 +251,8 @@ def test_row_ops_at_vector_edges(k):
         assert_same("quantize_per_token", x, delta, torch.rand(k), True, True)
         assert_same("layernorm_quantize", x, weight, bias, 1e-6, delta, None, True)
         assert_same("layernorm_quantize", x, weight, bias, 1e-6, delta, None, True, True)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_same("layer_norm", x.to(dtype), weight, bias, 1e-6)
     assert_same("quantize_per_token", x, 0.0, None, False, True)
     assert_same("quantize_per_group", x, torch.rand(k))
     assert_same("layernorm_quantize", x, weight, bias, 1e-6, 0.0, torch.tensor(0.02))

@@ -63,6 +63,7 @@ def test_per_token(shape):
 @pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS)
 def test_layernorm(shape):
     compare("layernorm_quantize", rows(shape, torch.bfloat16), *layernorm_vectors(shape[1]), 0.3, None, True)
+    compare("layer_norm", rows(shape, torch.float16), *layernorm_vectors(shape[1], torch.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [s for s in ROWS.values() if s[0] < MANY], ids=str)
@@ -90,6 +91,7 @@ def test_strided_rows(columns, dtype):
     compare("quantize_static", x, torch.tensor(0.04), torch.rand(x.shape[1]), True)
     compare("quantize_per_group", x)
     compare("quantize_residual", x, q, scale)
+    compare("layer_norm", x, *vectors)
     compare("layernorm_quantize", x, *vectors)
     compare("add_layernorm_quantize", x, x, *vectors)
 

@@ -87,6 +87,7 @@ _SIGNATURES = {
             _POINTER, c_int, _POINTER, c_int, *[_POINTER] * 3, _SIZE, _SIZE, c_float, c_int, c_float, *[_POINTER] * 5,
             c_int,
         ),
+        "layer_norm": (_POINTER, c_int, _POINTER, _POINTER, _SIZE, _SIZE, c_float, c_int, _POINTER, c_int),
         "patchify_quantize": (_POINTER, c_int, *[_SIZE] * 6, *[_POINTER] * 3, c_int),
         "pack_weight": (_POINTER, _SIZE, _SIZE, _POINTER, c_int),
         "unpack_weight": (_POINTER, _SIZE, _SIZE, _POINTER, c_int),
@@ -108,6 +109,9 @@ _SIGNATURES = {
         "layernorm_quantize": (
             _POINTER, c_int, _SIZE, _POINTER, c_int, _SIZE, *[_POINTER, c_int] * 3, _SIZE, _SIZE, c_float, c_int,
             c_float, *[_POINTER] * 5, _STREAM,
+        ),
+        "layer_norm": (
+            _POINTER, c_int, _SIZE, *[_POINTER, c_int] * 2, _SIZE, _SIZE, c_float, c_int, _POINTER, _STREAM,
         ),
         "patchify_quantize": (_POINTER, c_int, *[_SIZE] * 4, _POINTER, _SIZE, _SIZE, *[_POINTER] * 3, _STREAM),
         "quantize_qkv": (_POINTER, c_int, *[_SIZE] * 6, *[_POINTER] * 6, _STREAM),

@@ -57,6 +57,11 @@ def quantize_static(x, scale, equalizer=None, row_sum=False):
     return codes, _poisoned_scale(x, scale), _row_sum(codes, row_sum)
 
 
+def layer_norm(x, weight, bias, eps, paper=False):
+    """LayerNorm over the last dimension, rounded to x's dtype."""
+    return nm.layer_norm(x, weight, bias, eps, paper).to(x.dtype)
+
+
 def layernorm_quantize(x, weight, bias, eps, delta=0.0, scale=None, row_sum=False, paper=False):
     """LayerNorm, then per-token quantization, or static quantization if `scale` is given."""
     normalized = nm.layer_norm(x, weight, bias, eps, paper)

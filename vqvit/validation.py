@@ -66,7 +66,7 @@ def check_out_dtype(op: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{op}: expected out_dtype float32, float16 or bfloat16; got {dtype}")
 
 
-def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None) -> None:
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None = None) -> None:
     check_rows(op, x, statistics=True)
     check_tensor(op, "weight", weight, FLOATS, (x.shape[-1],), x)
     check_tensor(op, "bias", bias, FLOATS, (x.shape[-1],), x)

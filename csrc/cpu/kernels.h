@@ -78,7 +78,8 @@ struct LayerNormRows {
     float eps;
     bool paper;
     Codes out;
-    void* stream;  // (rows, k) of residual_dtype, if there is a residual
+    void* stream;      // (rows, k) of residual_dtype, if there is a residual
+    void* normalized;  // (rows, k) of dtype in place of codes, or NULL
 };
 
 struct Patchify {

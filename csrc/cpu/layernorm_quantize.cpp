@@ -1,4 +1,4 @@
-// layernorm_quantize and add_layernorm_quantize: rows shared out to threads. See layernorm_quantize.h.
+// layer_norm, layernorm_quantize and add_layernorm_quantize: rows shared out to threads. See layernorm_quantize.h.
 #include "kernels.h"
 #include "parallel.h"
 
@@ -12,7 +12,19 @@ extern "C" int vqvit_cpu_layernorm_quantize(
     const Kernels& isa = kernels();
     const Codes out = {codes, scale, nullptr, row_sum, static_scale, delta, true};
     const LayerNormRows task = {
-        x, dtype, residual, residual_dtype, layer_scale, weight, bias, k, eps, paper != 0, out, stream,
+        x, dtype, residual, residual_dtype, layer_scale, weight, bias, k, eps, paper != 0, out, stream, nullptr,
+    };
+    parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.layernorm_rows(task, first, last); });
+    return VQVIT_OK;
+}
+
+extern "C" int vqvit_cpu_layer_norm(
+    const void* x, int dtype, const float* weight, const float* bias, int64_t rows, int64_t k, float eps, int paper,
+    void* y, int threads) {
+    if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
+    const Kernels& isa = kernels();
+    const LayerNormRows task = {
+        x, dtype, nullptr, VQVIT_F32, nullptr, weight, bias, k, eps, paper != 0, {}, nullptr, y,
     };
     parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.layernorm_rows(task, first, last); });
     return VQVIT_OK;

@@ -1,4 +1,4 @@
-// (Residual add, then) LayerNorm of rows, then codes, a few rows at a time while they are in L1.
+// (Residual add, then) LayerNorm of rows, then codes or the rows themselves, a few at a time while they are in L1.
 #pragma once
 
 #include "rows.h"
@@ -54,6 +54,13 @@ Row add_residual_row(const float* x, const LayerNormRows& t, Dtype<D> dtype, int
     return {sum, V::reduce_max_i(largest)};
 }
 
+// Row m of out, (rows, k) of dtype, from a row of k elements.
+template <class V, int D>
+void store_row(const Row& row, int64_t k, void* out, Dtype<D> dtype, int64_t m) {
+    char* y = static_cast<char*>(out) + m * k * dtype.size;
+    for_vectors<V>(k, [&](int64_t i, auto extent) { store_as<V>(y, i, load_row<V>(row.x, i, extent), dtype, extent); });
+}
+
 template <class V>
 void layernorm_rows(const LayerNormRows& t, int64_t first, int64_t last) {
     float* buffer = row_scratch(t.k, kRowsAtOnce);
@@ -74,7 +81,11 @@ void layernorm_rows(const LayerNormRows& t, int64_t first, int64_t last) {
             for (int r = 0; r < rows; ++r) mean[r] = mean_of<V>(row[r], t.k);
             for (int r = 0; r < rows; ++r) rstd[r] = inverse_spread<V>(row[r], mean[r], t);
             for (int r = 0; r < rows; ++r) row[r] = normalize_row<V>(row[r], mean[r], rstd[r], t, buffer + r * stride);
-            for (int r = 0; r < rows; ++r) quantize_row<V>(row[r], t.k, t.out, m + r);
+            if (t.normalized != nullptr) {
+                for (int r = 0; r < rows; ++r) store_row<V>(row[r], t.k, t.normalized, dtype, m + r);
+            } else {
+                for (int r = 0; r < rows; ++r) quantize_row<V>(row[r], t.k, t.out, m + r);
+            }
         }
     });
 }

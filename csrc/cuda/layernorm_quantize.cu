@@ -1,9 +1,10 @@
-// (Residual add, then) LayerNorm of rows, then codes:
+// (Residual add, then) LayerNorm of rows, then codes, or the rows themselves:
 //
 //   stream = fma(x, layer scale, residual), rounded to residual's dtype
 //   y = fma((stream - mean) · rstd, weight, bias),  codes of y per token or static
 //
-// Bytes of a row: (input size + 1) · k, with the residual (input size + 2 · stream size + 1) · k. Operations of an
+// Bytes of a row: (input size + 1) · k, with the residual (input size + 2 · stream size + 1) · k, of `layer_norm`
+// twice the input size · k. Operations of an
 // element: about 25, of which the exact sums of mean and variance take 9. A row is read once if it has at most 16384
 // columns, else once a pass, from L2.
 // Grid: a block of whole rows, or a row (rows.h).
@@ -84,11 +85,32 @@ struct LayerNorm {
     }
 };
 
-template <int Octets, bool Held>
-VQVIT_KERNEL(Held ? max_team(Octets) : kMaxTeam, 1)
-layernorm_quantize_kernel(LayerNorm op, RowsShape shape, Codes out) {
-    constexpr int E = Octets * kOctet;
+// (rows, k) of dtype.
+struct Normalized {
+    void* y;
+    int dtype;
+};
+
+// A normalized row, which is in x if it is held, else comes from `load`.
+template <int E, bool Held, class Load>
+VQVIT_DEVICE void finish_row(Row<E, Held>& row, float (&x)[E], const Load& load, const Normalized& out) {
+    row.each(x, load, [&](float (&v)[E], int64_t first) {
+        with_dtype(out.y, out.dtype, [&](auto* y) {
+            round_and_store_tile(y + row.index * row.k + first, row.tile(first), v);
+        });
+    });
+}
+
+template <int E, bool Held, class Load>
+VQVIT_DEVICE void finish_row(Row<E, Held>& row, float (&x)[E], const Load& load, Codes out) {
     out.zero_point = nullptr;  // known when compiled
+    quantize_row(row, x, load, out);
+}
+
+template <int Octets, bool Held, class Out>
+VQVIT_KERNEL(Held ? max_team(Octets) : kMaxTeam, 1)
+layernorm_kernel(LayerNorm op, RowsShape shape, Out out) {
+    constexpr int E = Octets * kOctet;
     Row<E, Held> row(shape);
     float x[E];
     const auto add = [&](float (&v)[E], int64_t first) {
@@ -110,7 +132,20 @@ layernorm_quantize_kernel(LayerNorm op, RowsShape shape, Codes out) {
         op.normalize(mean, rstd, first, row.tile(first), v);
     };
     if (Held) load_normalized(x, 0);
-    quantize_row(row, x, load_normalized, out);
+    finish_row(row, x, load_normalized, out);
+}
+
+template <class Out>
+int layernorm_rows(const LayerNorm& op, int64_t rows, int64_t k, bool vector, const Out& out, void* stream) {
+    vector = vector && k % kOctet == 0 && vector_rows(op.x.data, op.x.dtype, op.x.stride) &&
+             vector_rows(op.residual.data, op.residual.dtype, op.residual.stride);
+    const void* const vectors[] = {op.stream, op.layer_scale.data, op.weight.data, op.bias.data};
+    for (const void* p : vectors) vector = vector && aligned(p, 16);
+    return launch_rows<4>(rows, k, [&](auto octets, auto held, int threads, Dim3 grid, int block, int shared) {
+        const RowsShape shape = {rows, k, threads, vector};
+        const auto kernel = layernorm_kernel<decltype(octets)::value, decltype(held)::value, Out>;
+        return launch(kernel, grid, block, shared, stream, op, shape, out);
+    });
 }
 
 }  // namespace
@@ -130,14 +165,17 @@ extern "C" int vqvit_cuda_layernorm_quantize(
         {x, dtype, x_stride}, {residual, residual_dtype, residual_stride}, residual_stream,
         {layer_scale, layer_scale_dtype}, {weight, weight_dtype}, {bias, bias_dtype}, eps, paper != 0};
     const Codes out = {codes, scale, nullptr, row_sum, static_scale, delta};
-    bool vector = k % kOctet == 0 && aligned(codes, 8) && vector_rows(x, dtype, x_stride) &&
-                  vector_rows(residual, residual_dtype, residual_stride);
-    const void* const vectors[] = {residual_stream, layer_scale, weight, bias};
-    for (const void* p : vectors) vector = vector && aligned(p, 16);
-    return launch_rows<4>(rows, k, [&](auto octets, auto held, int threads, Dim3 grid, int block, int shared) {
-        const RowsShape shape = {rows, k, threads, vector};
-        return launch(
-            layernorm_quantize_kernel<decltype(octets)::value, decltype(held)::value>, grid, block, shared, stream, op,
-            shape, out);
-    });
+    return layernorm_rows(op, rows, k, aligned(codes, 8), out, stream);
+}
+
+extern "C" int vqvit_cuda_layer_norm(
+    const void* x, int dtype, int64_t x_stride, const void* weight, int weight_dtype, const void* bias, int bias_dtype,
+    int64_t rows, int64_t k, float eps, int paper, void* y, void* stream) {
+    for (const int d : {dtype, weight_dtype, bias_dtype}) {
+        if (!known_dtype(d)) return VQVIT_UNKNOWN_DTYPE;
+    }
+    const LayerNorm op = {
+        {x, dtype, x_stride}, {nullptr, dtype, 0}, nullptr, {nullptr, VQVIT_F32}, {weight, weight_dtype},
+        {bias, bias_dtype}, eps, paper != 0};
+    return layernorm_rows(op, rows, k, aligned(y, 16), Normalized{y, dtype}, stream);
 }

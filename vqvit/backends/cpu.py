@@ -72,6 +72,17 @@ def quantize_static(x, scale, equalizer=None, row_sum=False):
     return codes, row_scale, sums
 
 
+def layer_norm(x, weight, bias, eps, paper=False):
+    x, weight, bias = x.contiguous(), fp32(weight), fp32(bias)
+    y, k = torch.empty_like(x), x.shape[-1]
+    run(
+        native.cpu().vqvit_cpu_layer_norm,
+        x.data_ptr(), DTYPES[x.dtype], weight.data_ptr(), bias.data_ptr(), x.numel() // k, k, eps, paper, y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
 def layernorm_quantize(x, weight, bias, eps, delta=0.0, scale=None, row_sum=False, paper=False):
     return _layernorm_quantize(x, None, weight, bias, eps, None, delta, scale, row_sum, paper)[:3]
 

@@ -87,6 +87,16 @@ def quantize_residual(x, codes, scale):
 
 
 @_on_stream
+def layer_norm(x, weight, bias, eps, paper=False):
+    rows, weight, bias = _rows(x), contiguous(weight), contiguous(bias)
+    y = x.new_empty(x.shape)
+    _call(
+        "layer_norm", pointer(rows), dtype_code(rows), rows.stride(0), pointer(weight), dtype_code(weight),
+        pointer(bias), dtype_code(bias), *rows.shape, eps, paper, pointer(y),
+    )  # fmt: skip
+    return y
+
+
 def layernorm_quantize(x, weight, bias, eps, delta=0.0, scale=None, row_sum=False, paper=False):
     return _layernorm_quantize(x, None, weight, bias, eps, None, delta, scale, row_sum, paper)[:3]
 

@@ -65,6 +65,10 @@ def quantize_static(x, scale, equalizer=None, row_sum=False):
     return _kernels("quantize").quantize_static(x, scale, equalizer, row_sum)
 
 
+def layer_norm(x, weight, bias, eps, paper=False):
+    return _kernels("layernorm_quantize").layer_norm(x, weight, bias, eps, paper)
+
+
 def layernorm_quantize(x, weight, bias, eps, delta=0.0, scale=None, row_sum=False, paper=False):
     return _kernels("layernorm_quantize").layernorm_quantize(x, weight, bias, eps, delta, scale, row_sum, paper)
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vqvit import numerics as nm
 from vqvit import ops
 from vqvit.families import BlockParts
 from vqvit.nn.compensated import CompensatedLinear
@@ -106,7 +105,7 @@ class EncoderBlock(QuantModule):
         if isinstance(consumer, HalfLinear):
             return F.layer_norm(stream, stream.shape[-1:], weight.to(stream.dtype), bias.to(stream.dtype), eps)
         if not consumer.fuses_input or consumer.plan.activation in ("per_token_asym", "per_token_group"):
-            return nm.layer_norm(stream, weight, bias, eps).to(stream.dtype)
+            return ops.layer_norm(stream, weight, bias, eps)
         row_sum = consumer.zero_point is not None
         codes, scale, sums = ops.layernorm_quantize(
             stream, weight, bias, eps, consumer.plan.delta, consumer.require_input_scale(), row_sum

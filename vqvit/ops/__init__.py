@@ -21,6 +21,7 @@ from vqvit.ops.linear import (
 )
 from vqvit.ops.rows import (
     add_layernorm_quantize,
+    layer_norm,
     layernorm_quantize,
     patchify_quantize,
     quantize_per_group,
@@ -44,6 +45,7 @@ __all__ = [
     "int8_linear_qkv",
     "int8_linear_quantize",
     "int8_mm",
+    "layer_norm",
     "layernorm_quantize",
     "pack_weight",
     "patchify_quantize",

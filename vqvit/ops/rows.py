@@ -82,6 +82,23 @@ def quantize_static(
     return torch.ops.vqvit.quantize_static(x, scale, equalizer, row_sum)
 
 
+@op("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, bool paper=False) -> Tensor")
+def _(x, weight, bias, eps, paper=False):
+    va.check_norm("layer_norm", x, weight, bias)
+    return lambda: x.new_empty(x.shape)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, paper: bool = False) -> Tensor:
+    """LayerNorm over the last dimension, for layers that see more than codes of it: the values that
+    `layernorm_quantize` quantizes (numerics §4).
+
+    Args: as in `layernorm_quantize`.
+
+    Returns: (..., K) in x's dtype; a row with NaN or Inf is NaN.
+    """
+    return torch.ops.vqvit.layer_norm(x, weight, bias, eps, paper)
+
+
 @op(
     "layernorm_quantize(Tensor x, Tensor weight, Tensor bias, float eps, float delta=0.0, Tensor? scale=None,"
     " bool row_sum=False, bool paper=False) -> (Tensor, Tensor, Tensor)"

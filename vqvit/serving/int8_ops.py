@@ -69,6 +69,15 @@ def quantize_static(threads, x, scale, equalizer, row_sum):
     return codes, row_scale, sums
 
 
+def layer_norm(threads, x, weight, bias, eps, paper):
+    y, k = np.empty(x.shape, np.float32), x.shape[-1]
+    native.run(
+        native.cpu().vqvit_cpu_layer_norm,
+        _address(x), FP32, _address(weight), _address(bias), x.size // k, k, eps, paper, _address(y), threads,
+    )  # fmt: skip
+    return y
+
+
 def layernorm_quantize(threads, x, weight, bias, eps, delta, scale, row_sum, paper):
     rows, k = x.shape[:-1], x.shape[-1]
     codes, row_scale = np.empty(x.shape, np.int8), np.empty(rows, np.float32)
@@ -194,8 +203,8 @@ def run_encoder_block(
 OPS = {
     f"vqvit.{function.__name__}.default": function
     for function in (
-        quantize_per_token, quantize_per_group, quantize_static, layernorm_quantize, patchify_quantize, int8_linear,
-        int8_linear_quantize, int8_linear_qkv, int8_attention, int8_attention_quantize, quantize_qkv,
+        quantize_per_token, quantize_per_group, quantize_static, layer_norm, layernorm_quantize, patchify_quantize,
+        int8_linear, int8_linear_quantize, int8_linear_qkv, int8_attention, int8_attention_quantize, quantize_qkv,
     )
 }  # fmt: skip
 """By the name that `torch.export` gives them; all but the encoder block, which `Session` prepares."""

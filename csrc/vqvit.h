@@ -155,7 +155,7 @@ VQVIT_EXPORT int vqvit_cpu_int8_linear_qkv(
 
 /* int8_linear_compensated: acc + first_order · [a_residual bᵀ + a b_residualᵀ] + second_order · a_residual b_residualᵀ,
  * dequantized. `terms` is a bit set: 1 for a_residual bᵀ, 2 for a b_residualᵀ, 4 for a_residual b_residualᵀ.
- * a_residual (m, k) with a's stride, b_residual (n, k) plain; either may be NULL if no term reads it. */
+ * a_residual (m, k) with a's stride, b_residual as b, (n, k) or packed; either may be NULL if no term reads it. */
 VQVIT_EXPORT int vqvit_cpu_int8_linear_compensated(
     const vqvit_gemm* gemm, const int8_t* a_residual, const int8_t* b_residual, int terms, float first_order,
     float second_order, void* y, int dtype, int threads);

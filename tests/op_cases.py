@@ -194,13 +194,17 @@ def linear_quantize_poisoned(static: bool) -> tuple:
 
 
 def compensated(
-    shape, mode: str, mu: float = 1.0, bias: bool = True, activation: str = "none", epilogue: bool = False, **options
-) -> tuple:
+    shape, mode: str, mu: float = 1.0, bias: bool = True, activation: str = "none", epilogue: bool = False,
+    packed: bool = False, weight_residual: bool = True, **options,
+) -> tuple:  # fmt: skip
     m, k, n = shape
     x, w = normal(m, k), normal(n, k)
     (a, a_scale, _, _), (b, b_scale, _, _) = ref.quantize_per_token(x), ref.quantize_per_token(w)
-    residuals = ref.quantize_residual(x, a, a_scale), ref.quantize_residual(w, b, b_scale)
-    operands = a, a_scale, residuals[0], b, b_scale, residuals[1], normal(n) if bias else None, mode, mu, activation
+    a_residual, b_residual = ref.quantize_residual(x, a, a_scale), ref.quantize_residual(w, b, b_scale)
+    if packed:
+        b, b_residual = ref.pack_weight(b), ref.pack_weight(b_residual)
+    b_residual = b_residual if weight_residual else None
+    operands = a, a_scale, a_residual, b, b_scale, b_residual, normal(n) if bias else None, mode, mu, activation
     return *operands, *((normal(n), normal(m, n, **options)) if epilogue else ())
 
 
@@ -353,6 +357,8 @@ CASES = {
     "int8_linear_compensated": {
         **{mode: partial(compensated, (13, 37, 70), mode) for mode in ref.COMPENSATION_TERMS},
         "197_full": partial(compensated, (197, 64, 65), "full"),
+        "packed": partial(compensated, (13, 37, 70), "full", packed=True),
+        "packed_activation": partial(compensated, (13, 37, 70), "activation", packed=True, weight_residual=False),
         **{f"full_{name}": partial(compensated, (9, 70, 40), "full", 1.0, True, name) for name in nm.ACTIVATIONS},
         "residual": partial(compensated, (70, 64, 130), "weight", epilogue=True),
         "residual_bf16": partial(compensated, (9, 33, 20), "full", epilogue=True, dtype=torch.bfloat16),

@@ -237,6 +237,11 @@ BAD_CALLS = {
         ValueError,
         "expected a_residual for mode 'full'; got None",
     ),
+    "one_packed": (
+        lambda: ops.int8_linear_compensated(I8, ONES4, I8, ops.pack_weight(I8), ONES4, I8),
+        ValueError,
+        "expected b_residual packed if b is",
+    ),
     "heads": (lambda: ops.quantize_qkv(torch.ones(1, 2, 10), 3), ValueError, "divisible by 3 · 3 heads; got 10"),
     "attention_width": (
         lambda: ops.int8_attention(

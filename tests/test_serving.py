@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import vqvit
 from vqvit import cli
 from vqvit import numerics as nm
-from vqvit.backends import cpu
+from vqvit.backends import cpu, operands
 from vqvit.plan import PlanError
 from vqvit.serving import ProgramError, Session, float_ops, int8_ops
 from vqvit.serving.program import PROGRAM, WEIGHTS, read
@@ -51,6 +51,9 @@ CONFIGURATIONS = {
     "asymmetric_weights": {"tiers": {"fc1": "int8_asym"}},
     "float_head": {"tiers": {"head": "skip"}},
     "four_bits": {"bits": 4},
+    "asymmetric_activations": {"activation": "per_token_asym"},
+    "groups_behind_layer_norms": {"activation": "per_token_group"},
+    "compensated": {"compensations": {"*": "paper", "*.fc2": "full", "head": "activation", "*.attn_out": "weight"}},
 }
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -97,6 +100,7 @@ def test_every_configuration_that_serving_knows(configuration, tmp_path):
 
 def test_names_and_sizes_are_those_of_the_arithmetic():
     assert (int8_ops.ACTIVATIONS, int8_ops.GROUP, int8_ops.LOG2_E) == (nm.ACTIVATIONS, nm.GROUP, nm.LOG2_E)
+    assert (int8_ops.TERM_BITS, int8_ops.RESIDUAL_STEPS) == (operands.TERM_BITS, nm.RESIDUAL_STEPS)
 
 
 def test_a_head_normalises_the_token_that_it_reads(tmp_path):

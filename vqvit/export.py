@@ -25,6 +25,7 @@ PACKED_ARGUMENTS = {
     "int8_linear": ("b",),
     "int8_linear_quantize": ("b",),
     "int8_linear_qkv": ("b",),
+    "int8_linear_compensated": ("b", "b_residual"),
     "int8_encoder_block": ("qkv", "attn_out", "fc1", "fc2"),
 }
 """Arguments that the session takes as packed panels."""
@@ -199,7 +200,7 @@ class _Writer:
         arguments = list(_all_arguments(node))
         packed = PACKED_ARGUMENTS.get(name.split(".")[1], ()) if name.startswith("vqvit.") else ()
         for parameter, value in arguments:
-            if parameter not in packed:
+            if parameter not in packed or value is None:
                 continue
             if value not in self.weights:
                 raise ProgramError(f"export: expected weights that the model stores as int8; {name} gets computed ones")

@@ -149,6 +149,7 @@ def int8_linear_compensated(
     selects; then `epilogue`.
     """
     ra_b, a_rb, ra_rb = COMPENSATION_TERMS[mode]
+    b, b_residual = (t if t is None else _unpacked(t, a.shape[-1])[: len(b_scale)] for t in (b, b_residual))
     acc = int8_mm(a, b).float()
     if ra_b or a_rb:
         first_order = (int8_mm(a_residual, b) if ra_b else 0) + (int8_mm(a, b_residual) if a_rb else 0)

@@ -377,7 +377,9 @@ int vqvit_cpu_int8_linear_compensated(
     t.first_order = first_order;
     t.second_order = second_order;
     if ((terms & (1 | 4)) != 0) t.a_residual = a_residual;
-    if ((terms & (2 | 4)) != 0) t.residual_panels = panels_of(b_residual, false, *gemm, Slot::kResidualPanels, threads);
+    if ((terms & (2 | 4)) != 0) {
+        t.residual_panels = panels_of(b_residual, gemm->b_packed != 0, *gemm, Slot::kResidualPanels, threads);
+    }
     run_gemm(kernels(), t, threads);
     return VQVIT_OK;
 }

@@ -204,9 +204,10 @@ def int8_linear_compensated(
     a, a_scale, a_residual, b, b_scale, b_residual, bias=None, mode="full", mu=1.0, activation="none",
     layer_scale=None, residual=None, out_dtype=torch.float32,
 ):  # fmt: skip
-    a, a_residual, b_residual = a.contiguous(), contiguous(a_residual), contiguous(b_residual)
+    a, a_residual = a.contiguous(), contiguous(a_residual)
+    b, b_residual = _plain(b, b_scale, a), None if b_residual is None else _plain(b_residual, b_scale, a)
     gemm, operands = native_gemm(
-        a, b.contiguous(), a_scale, b_scale, bias, layer_scale, contiguous(residual), activation=activation
+        a, b, a_scale, b_scale, bias, layer_scale, contiguous(residual), activation=activation
     )
     out = a.new_empty((gemm.m, gemm.n), dtype=out_dtype)
     _call(
@@ -283,9 +284,13 @@ def _layernorm_quantize(x, residual, weight, bias, eps, layer_scale, delta, stat
 
 
 def _gemm(a, a_scale, b, b_scale, bias, layer_scale, residual, zero_points, activation):
-    b = unpack_weight(b, b_scale.shape[0], a.shape[1]) if b.dim() == 4 else b.contiguous()
     vectors = (bias, layer_scale, row_major(residual))
-    return native_gemm(row_major(a), b, a_scale, b_scale, *vectors, *zero_points, activation)
+    return native_gemm(row_major(a), _plain(b, b_scale, a), a_scale, b_scale, *vectors, *zero_points, activation)
+
+
+def _plain(b, b_scale, a):
+    """Weights (N, K), contiguous, from plain or packed ones."""
+    return unpack_weight(b, b_scale.shape[0], a.shape[1]) if b.dim() == 4 else b.contiguous()
 
 
 def _attention(q, k, v, q_scale, k_scale, v_scale, sm_scale):

@@ -143,6 +143,7 @@ def int8_linear_compensated(
     layer_scale=None, residual=None, out_dtype=torch.float32,
 ):  # fmt: skip
     terms = reference.COMPENSATION_TERMS[mode]
+    b, b_residual = _unpacked(b, b_scale, a), None if b_residual is None else _unpacked(b_residual, b_scale, a)
     return _kernels("gemm_s8_compensated").int8_linear_compensated(
         a, a_scale, a_residual, b, b_scale, b_residual, bias, terms, mu, activation, layer_scale, residual, out_dtype
     )

@@ -14,7 +14,7 @@ from vqvit.reference import COMPENSATION_TERMS
 class CompensatedLinear(QuantLinear):
     """y = α_x α_W ∘ (x_q W_qᵀ + terms of R_x and R_W) + b; which terms, `plan.compensation` says.
 
-    Buffer: residual int8 (N, K), R_W = rne(254 (W - α W_q) / α), where a term needs it.
+    Buffer: residual int8 (N, K), R_W = rne(254 (W - α W_q) / α), where a term needs it; packed if the codes are.
     """
 
     def __init__(self, plan: LayerPlan, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None):
@@ -31,7 +31,13 @@ class CompensatedLinear(QuantLinear):
         return super().fuses_input and not self.reads_input
 
     def pack_(self) -> None:
-        """The kernels of this product read plain weights."""
+        super().pack_()
+        if self.packed and self.residual is not None and self.residual.dim() == 2:
+            self.residual = ops.pack_weight(self.residual)
+
+    def unpack_(self) -> None:
+        super().unpack_()
+        self.residual = self._plain_residual()
 
     def assign_(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, **others
@@ -40,8 +46,12 @@ class CompensatedLinear(QuantLinear):
         if (residual is None) != (self.residual is None):
             expected = "no residual codes" if self.residual is None else "the residual codes of the new codes"
             raise ValueError(f"{self.plan.name}: expected {expected} with {self.plan.compensation} compensation")
+        repack = self.packed
+        self.unpack_()
         super().assign_(codes, scale, bias, **others)
         self.residual = residual
+        if repack:
+            self.pack_()
 
     def forward(self, x: Tensor | Codes, activation="none", layer_scale=None, residual=None, out_dtype=None) -> Tensor:
         if isinstance(x, Codes):
@@ -60,7 +70,17 @@ class CompensatedLinear(QuantLinear):
         weight = super().float_weight()
         if not COMPENSATION_TERMS[self.plan.compensation][1]:
             return weight
-        return weight + nm.dequantize(self.residual, self.scale) / nm.RESIDUAL_STEPS
+        return weight + nm.dequantize(self._plain_residual(), self.scale) / nm.RESIDUAL_STEPS
+
+    def _plain_residual(self) -> Tensor | None:
+        if self.residual is None or self.residual.dim() == 2:
+            return self.residual
+        return ops.unpack_weight(self.residual, self.out_features, self.in_features)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.residual is not None:
+            destination[prefix + "residual"] = self._plain_residual()
 
     def _from_rows(self, rows: Tensor, activation, layer_scale, residual, out_dtype) -> Tensor:
         x = self.quantize_input(rows)

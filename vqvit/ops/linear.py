@@ -133,16 +133,19 @@ def _(
     layer_scale=None, residual=None, out_dtype=torch.float32,
 ):  # fmt: skip
     name = "int8_linear_compensated"
-    va.check_tensor(name, "b", b, torch.int8, (None, None))
     m, n, k = va.check_operands(name, a, a_scale, b, b_scale, zero_points=1)  # two products share an accumulator
     va.check(mode in COMPENSATION_TERMS, name, f"mode in {tuple(COMPENSATION_TERMS)}", repr(mode))
     activation_term, weight_term, second_order = COMPENSATION_TERMS[mode]
-    for operand, codes, shape, needed in (
-        ("a_residual", a_residual, (m, k), activation_term or second_order),
-        ("b_residual", b_residual, (n, k), weight_term or second_order),
+    for operand, codes, needed in (
+        ("a_residual", a_residual, activation_term or second_order),
+        ("b_residual", b_residual, weight_term or second_order),
     ):
         va.check(codes is not None or not needed, name, f"{operand} for mode {mode!r}", "None")
-        va.check_optional(name, operand, codes, torch.int8, shape, a)
+    va.check_optional(name, "a_residual", a_residual, torch.int8, (m, k), a)
+    if b_residual is not None:
+        alike = b_residual.dim() == b.dim()
+        va.check(alike, name, "b_residual packed if b is, plain if b is", f"{b_residual.dim()} and {b.dim()} dimensions")
+        va.check_codes(name, "b_residual", b_residual, n, k, a)
     va.check_optional(name, "bias", bias, va.FLOATS, (n,), a)
     va.check_activation(name, activation)
     va.check_epilogue(name, layer_scale, residual, out_dtype, (m, n), a)
@@ -168,7 +171,8 @@ def int8_linear_compensated(
     epilogue of `int8_linear`.
 
     Args:
-        a, a_residual: int8 (M, K), a_scale fp32 (M,). b, b_residual: int8 (N, K), b_scale fp32 (N,).
+        a, a_residual: int8 (M, K), a_scale fp32 (M,). b, b_residual: int8 (N, K), or both from `pack_weight`; b_scale
+            fp32 (N,).
         mode: which terms: "none"; "paper": only μ R_A R_Bᵀ (the paper's E_comp); "activation": R_A Bqᵀ;
             "weight": Aq R_Bᵀ; "full": all three (numerics §6). Residual codes that the mode does not use may be None.
         activation, layer_scale, residual: as `int8_linear`.

@@ -69,10 +69,10 @@ def _fill_layer(layer: QuantModule, fake: FakeQuantLinear) -> None:
         return
     layer.plan = plan
     layer.zero_point = weight.zero_point
-    if isinstance(layer, CompensatedLinear) and layer.residual is not None:
-        layer.residual = fake.weight_residual(weight)
     repack = layer.packed
     layer.unpack_()
+    if isinstance(layer, CompensatedLinear) and layer.residual is not None:
+        layer.residual = fake.weight_residual(weight)
     layer.codes, layer.scale = weight.codes, weight.scale.detach().clone()
     if layer.code_sum is not None:
         layer.code_sum = weight.codes.sum(-1, dtype=torch.int32)

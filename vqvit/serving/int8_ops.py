@@ -18,6 +18,11 @@ GROUP = 128
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
 """In the order of enum vqvit_activation."""
 
+TERM_BITS = {"none": 0, "paper": 4, "activation": 1, "weight": 2, "full": 7}
+"""The bit set `terms` of int8_linear_compensated."""
+
+RESIDUAL_STEPS = 254.0
+
 FP32 = native.DTYPES["float32"]
 
 
@@ -112,6 +117,27 @@ def int8_linear(
     return out
 
 
+def quantize_residual(threads, x, codes, scale):
+    out = np.empty(codes.shape, np.int8)
+    function = native.cpu().vqvit_cpu_quantize_residual
+    rows, k = scale.size, x.shape[-1]
+    native.run(function, _address(x), FP32, _address(codes), _address(scale), rows, k, _address(out), threads)
+    return out
+
+
+def int8_linear_compensated(
+    threads, a, a_scale, a_residual, b, b_scale, b_residual, bias, mode, mu, activation, layer_scale, residual, _dtype
+):
+    gemm = _gemm(a, a_scale, b, b_scale, bias, activation, layer_scale, residual)
+    out = np.empty((gemm.m, gemm.n), np.float32)
+    native.run(
+        native.cpu().vqvit_cpu_int8_linear_compensated,
+        gemm, _address(a_residual), _address(b_residual), TERM_BITS[mode], 1 / RESIDUAL_STEPS, mu / RESIDUAL_STEPS**2,
+        _address(out), FP32, threads,
+    )  # fmt: skip
+    return out
+
+
 def int8_linear_quantize(
     threads, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum, out_scale, symmetric, row_sum,
     per_group,
@@ -203,8 +229,9 @@ def run_encoder_block(
 OPS = {
     f"vqvit.{function.__name__}.default": function
     for function in (
-        quantize_per_token, quantize_per_group, quantize_static, layer_norm, layernorm_quantize, patchify_quantize,
-        int8_linear, int8_linear_quantize, int8_linear_qkv, int8_attention, int8_attention_quantize, quantize_qkv,
+        quantize_per_token, quantize_per_group, quantize_static, quantize_residual, layer_norm, layernorm_quantize,
+        patchify_quantize, int8_linear, int8_linear_quantize, int8_linear_qkv, int8_linear_compensated, int8_attention,
+        int8_attention_quantize, quantize_qkv,
     )
 }  # fmt: skip
 """By the name that `torch.export` gives them; all but the encoder block, which `Session` prepares."""

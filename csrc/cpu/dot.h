@@ -35,6 +35,17 @@ inline const int32_t* column_sums(const int8_t* panel, int64_t groups) {
     return reinterpret_cast<const int32_t*>(panel + groups * kGroupBytes);
 }
 
+// Groups [first, first + count) of a packed panel, as a tile multiplies them.
+struct PanelGroups {
+    const int8_t* panel;
+    const int8_t* prepared;  // the panel where kPreparesPanels, or NULL
+    int64_t first, count;
+    const int32_t* sums;  // as of a Dot's tile
+    const int8_t* ahead;
+
+    const int8_t* codes() const { return panel + first * kGroupBytes; }
+};
+
 // One panel from b, (columns, k) with rows b_stride apart: groups of (64 columns, 4 input channels), then column sums.
 inline void pack_panel_portable(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel) {
     const int64_t groups = ceil_div(k, kKGroup), whole = k / kKGroup;

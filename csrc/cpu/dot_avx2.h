@@ -113,20 +113,16 @@ struct DotAvx2 {
         }
     }
 
-    // out (rows, 64) = Σ a b over `groups` groups from `first_group` on, which is at a multiple of kGroup channels.
-    static void gemm_tile(
-        int rows, const uint8_t* prepared, int64_t k, const int8_t* panel, const int8_t* prepared_panel,
-        int64_t first_group, int64_t groups, int32_t* out) {
+    // out (rows, 64) = Σ a b over b's groups, which begin at a multiple of kGroup channels. `prepared`: by `prepare_rows`.
+    static void gemm_tile(int rows, const uint8_t* prepared, int64_t k, const PanelGroups& b, int32_t* out) {
         RowsHeader header;
         std::memcpy(&header, prepared, sizeof header);
         if (header.is_int16 != 0) {
-            const int64_t first = first_group / kChunkGroups, last = ceil_div(first_group + groups, kChunkGroups);
-            return int16_tile(rows, prepared, k, prepared_panel, first, last, out);
+            const int64_t first = b.first / kChunkGroups, last = ceil_div(b.first + b.count, kChunkGroups);
+            return int16_tile(rows, prepared, k, b.prepared, first, last, out);
         }
-        const uint8_t* a = prepared + RowsLayout::kHeader + first_group * kGroupBytes;
-        tile(
-            rows, kTileVectors, a, RowsLayout(k).wide_stride, panel + first_group * vqvit::kGroupBytes, groups, nullptr,
-            out, kPanel);
+        const uint8_t* a = prepared + RowsLayout::kHeader + b.first * kGroupBytes;
+        tile(rows, kTileVectors, a, RowsLayout(k).wide_stride, b.codes(), b.count, nullptr, out, kPanel);
     }
 
     static void pack_panel(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel) {

@@ -92,6 +92,30 @@ inline int32_t load_32(const void* p) {
     return v;
 }
 
+// The parts of rows that `prepare_int16_rows` wrote.
+struct Int16Rows {
+    const uint8_t* blocks;
+    const float* norms;
+    const int32_t* ends;
+    const Extra* extras;
+
+    Int16Rows(const uint8_t* tile, const RowsLayout& layout)
+        : blocks(tile + RowsLayout::kHeader), norms(reinterpret_cast<const float*>(tile + layout.norms_at)),
+          ends(reinterpret_cast<const int32_t*>(tile + layout.ends_at)),
+          extras(reinterpret_cast<const Extra*>(tile + layout.extras_at)) {}
+};
+
+// A panel that `prepare_int16_panel` wrote: its strips' codes and norms.
+struct Int16Panel {
+    const int8_t* data;
+    PanelLayout layout;
+
+    const int8_t* codes(int strip) const { return data + strip * layout.strip_bytes(); }
+    const float* norms(int strip) const {
+        return reinterpret_cast<const float*>(data + layout.norms_at()) + strip * layout.norm_stride;
+    }
+};
+
 // Squares of codes, added in pairs: u16.
 inline __m256i pair_squares(__m256i codes) {
     const __m256i magnitudes = _mm256_abs_epi8(codes);
@@ -268,13 +292,12 @@ inline void add_groups_in_int32(const void* codes, const int8_t* b, int32_t* out
     store_256(out + 8, sums[1]);
 }
 
-// out (R, 16 of 64) = Σ a' b over chunks [first, last) of a tile's rows and a strip; `first`: a multiple of kNormLanes.
+// out (R, 16 of 64) = Σ a' b over chunks [first, last) of a tile's rows and the s-th strip; `first`: a multiple of
+// kNormLanes.
 template <int R>
-void add_strip(
-    const uint8_t* tile, const RowsLayout& layout, const int8_t* strip, const float* strip_norms, int64_t first,
-    int64_t last, int32_t* out) {
-    const uint8_t* blocks = tile + RowsLayout::kHeader;
-    const float* norms = reinterpret_cast<const float*>(tile + layout.norms_at);
+void add_strip(const Int16Rows& a, const Int16Panel& b, int s, int64_t first, int64_t last, int32_t* out) {
+    const int8_t* strip = b.codes(s);
+    const float* strip_norms = b.norms(s);
     for (int r = 0; r < R; ++r) {
         store_256(out + r * kPanel, _mm256_setzero_si256());
         store_256(out + r * kPanel + 8, _mm256_setzero_si256());
@@ -282,52 +305,46 @@ void add_strip(
     int64_t begin = first;
     const __m256 bound = _mm256_set1_ps(kNormBound);
     for (int64_t c = first; c < last; c += kNormLanes) {
-        const __m256 product = _mm256_mul_ps(_mm256_loadu_ps(norms + c), _mm256_loadu_ps(strip_norms + c));
+        const __m256 product = _mm256_mul_ps(_mm256_loadu_ps(a.norms + c), _mm256_loadu_ps(strip_norms + c));
         int wide = _mm256_movemask_ps(_mm256_cmp_ps(product, bound, _CMP_NLE_UQ));  // NaN counts
         for (; wide != 0; wide &= wide - 1) {
             const int64_t chunk = c + __builtin_ctz(static_cast<unsigned>(wide));
-            add_chunks<R>(blocks, strip, begin, chunk, out);
-            const uint8_t* codes = blocks + chunk * RowsLayout::kBlock;
+            add_chunks<R>(a.blocks, strip, begin, chunk, out);
+            const uint8_t* codes = a.blocks + chunk * RowsLayout::kBlock;
             for (int r = 0; r < R; ++r) {
                 add_groups_in_int32<kChunkGroups>(codes + r * kChunk, strip + chunk * kStripChunk, out + r * kPanel);
             }
             begin = chunk + 1;
         }
     }
-    add_chunks<R>(blocks, strip, begin, last, out);
+    add_chunks<R>(a.blocks, strip, begin, last, out);
 }
 
 // out (rows, 64) += e b of the extras of chunks [first, last), of which the first begins a segment.
 inline void add_extras(
-    int rows, const uint8_t* tile, const RowsLayout& layout, const int8_t* panel, int64_t strip_bytes, int64_t first,
-    int64_t last, int32_t* out) {
+    int rows, const Int16Rows& a, const Int16Panel& b, int64_t first, int64_t last, int32_t* out) {
     constexpr int64_t kSegment = kGroup / kChunk;
-    const int32_t* ends = reinterpret_cast<const int32_t*>(tile + layout.ends_at);
-    const Extra* extras = reinterpret_cast<const Extra*>(tile + layout.extras_at);
-    const Extra* end = extras + ends[ceil_div(last, kSegment) - 1];
-    for (const Extra* e = extras + (first == 0 ? 0 : ends[first / kSegment - 1]); e < end; ++e) {
+    const Extra* end = a.extras + a.ends[ceil_div(last, kSegment) - 1];
+    for (const Extra* e = a.extras + (first == 0 ? 0 : a.ends[first / kSegment - 1]); e < end; ++e) {
         if (e->row >= rows) continue;
-        const int8_t* b = panel + e->group * kStripGroup;
         int32_t* row = out + e->row * kPanel;
 #pragma GCC unroll 4
-        for (int s = 0; s < kStrips; ++s) add_groups_in_int32<1>(&e->codes, b + s * strip_bytes, row + s * kStrip);
+        for (int s = 0; s < kStrips; ++s) {
+            add_groups_in_int32<1>(&e->codes, b.codes(s) + e->group * kStripGroup, row + s * kStrip);
+        }
     }
 }
 
 // out (rows, 64) = Σ a b over chunks [first, last) of a tile's rows and a prepared panel.
 inline void int16_tile(
     int rows, const uint8_t* tile, int64_t k, const int8_t* panel, int64_t first, int64_t last, int32_t* out) {
-    using Strip = void (*)(const uint8_t*, const RowsLayout&, const int8_t*, const float*, int64_t, int64_t, int32_t*);
+    using Strip = void (*)(const Int16Rows&, const Int16Panel&, int, int64_t, int64_t, int32_t*);
     static constexpr Strip by_rows[kTileRows] = {add_strip<1>, add_strip<2>, add_strip<3>,
                                                  add_strip<4>, add_strip<5>, add_strip<6>};
-    const RowsLayout rows_layout(k);
-    const PanelLayout layout(k);
-    const float* norms = reinterpret_cast<const float*>(panel + layout.norms_at());
-    for (int s = 0; s < kStrips; ++s) {
-        const int8_t* strip = panel + s * layout.strip_bytes();
-        by_rows[rows - 1](tile, rows_layout, strip, norms + s * layout.norm_stride, first, last, out + s * kStrip);
-    }
-    add_extras(rows, tile, rows_layout, panel, layout.strip_bytes(), first, last, out);
+    const Int16Rows a(tile, RowsLayout(k));
+    const Int16Panel b = {panel, PanelLayout(k)};
+    for (int s = 0; s < kStrips; ++s) by_rows[rows - 1](a, b, s, first, last, out + s * kStrip);
+    add_extras(rows, a, b, first, last, out);
 }
 
 }  // namespace

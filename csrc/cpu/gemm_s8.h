@@ -11,20 +11,16 @@
 namespace vqvit {
 namespace {
 
-// One tile of Σ_k a b over `groups` groups from `first_group` on. `a`: prepared rows; `panel`: that of t.panels or of
-// its residual's; `sums`, `ahead`: as of a Dot's tile.
+// One tile of Σ_k a b over b's groups. `a`: prepared rows of k input channels.
 template <class Dot>
 inline void multiply_tile(
-    const GemmTask& t, int rows, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t panel_index,
-    int64_t first_group, int64_t groups, const int32_t* sums, int32_t* out, const int8_t* ahead) {
+    int64_t k, int rows, const uint8_t* a, int64_t a_stride, const PanelGroups& b, int32_t* out) {
     if constexpr (Dot::kPreparesPanels) {
-        const int64_t k = t.gemm.k, at = panel_index * Dot::panel_bytes(k);
-        const int8_t* prepared = t.prepared_panels == nullptr ? nullptr : t.prepared_panels + at;
-        Dot::gemm_tile(rows, a, k, panel, prepared, first_group, groups, out);
+        Dot::gemm_tile(rows, a, k, b, out);
     } else {
         Dot::tile(
-            rows, kTileVectors, a + first_group * Dot::kGroupBytes, a_stride, panel + first_group * kGroupBytes, groups,
-            sums, out, kPanel, ahead);
+            rows, kTileVectors, a + b.first * Dot::kGroupBytes, a_stride, b.codes(), b.count, b.sums, out, kPanel,
+            b.ahead);
     }
 }
 
@@ -45,22 +41,23 @@ const int32_t* group_column_sums(const int8_t* panel, int64_t k) {
 }
 
 // One tile of Σ_g fma(acc_g, α_a[m, g], s) over the kGroup columns g of a, in their order. `a`: prepared rows from m
-// on; `out` (rows, 64): fp32; `ahead`: as of a tile of all columns.
+// on; `b`: all groups of a panel, its sums those of `group_column_sums`; `out` (rows, 64): fp32.
 template <class V, class Dot>
 void add_groups(
-    const GemmTask& t, int64_t m, int rows, const uint8_t* a, int64_t a_stride, const int8_t* panel,
-    int64_t panel_index, const int32_t* sums, float* out, const int8_t* ahead) {
+    const GemmTask& t, int64_t m, int rows, const uint8_t* a, int64_t a_stride, const PanelGroups& b, float* out) {
     constexpr int64_t kGroupsOfScale = kGroup / kKGroup;
     const vqvit_gemm& g = t.gemm;
     const int64_t scales = ceil_div(g.k, kGroup);
     alignas(64) int32_t acc[Dot::kRows * kPanel];
     std::memset(out, 0, static_cast<size_t>(rows) * kPanel * sizeof(float));
     for (int64_t i = 0; i < scales; ++i) {
-        const int64_t groups = ceil_div(smaller(g.k - i * kGroup, kGroup), kKGroup);
-        const int32_t* group_sums = sums == nullptr ? nullptr : sums + i * kPanel;
+        PanelGroups part = b;
+        part.first = i * kGroupsOfScale;
+        part.count = ceil_div(smaller(g.k - i * kGroup, kGroup), kKGroup);
+        if (b.sums != nullptr) part.sums = b.sums + i * kPanel;
+        if (b.ahead != nullptr) part.ahead = b.ahead + part.first * kLineBytes;
         const float* scale_of_rows = g.a_scale + m * scales + i;
         if constexpr (Dot::kFinishesTiles) {
-            const int8_t* lines = ahead == nullptr ? nullptr : ahead + i * kGroupsOfScale * kLineBytes;
             const auto add = [=](int r, const typename V::I(&sums)[kPanel / V::lanes]) __attribute__((always_inline)) {
                 const typename V::F scale = V::set(scale_of_rows[r * scales]);
                 float* row = out + r * kPanel;
@@ -69,12 +66,11 @@ void add_groups(
                 }
             };
             Dot::finish_tile(
-                rows, a + i * kGroupsOfScale * Dot::kGroupBytes, a_stride, panel + i * kGroupsOfScale * kGroupBytes,
-                groups, group_sums, lines, add);
+                rows, a + part.first * Dot::kGroupBytes, a_stride, part.codes(), part.count, part.sums, part.ahead,
+                add);
             continue;
         }
-        multiply_tile<Dot>(
-            t, rows, a, a_stride, panel, panel_index, i * kGroupsOfScale, groups, group_sums, acc, nullptr);
+        multiply_tile<Dot>(g.k, rows, a, a_stride, part, acc);
         for (int r = 0; r < rows; ++r) {
             const typename V::F scale = V::set(scale_of_rows[r * scales]);
 #pragma GCC unroll 8
@@ -87,7 +83,7 @@ void add_groups(
 
 template <class V, class Dot>
 void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, const TileRows& rows) {
-    const int64_t groups = ceil_div(t.gemm.k, kKGroup), offset = panel * panel_bytes(t.gemm.k);
+    const int64_t k = t.gemm.k, groups = ceil_div(k, kKGroup), offset = panel * panel_bytes(k);
     constexpr int64_t kTile = int64_t{Dot::kRows} * kPanel;
     PanelColumns columns;
     load_columns(t.gemm, panel, columns);
@@ -100,22 +96,30 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
     if (t.terms != 0) std::memset(products, 0, sizeof products);
     const bool grouped = t.gemm.a_groups != 0, whole = is_whole(t, columns);
     const bool plain = whole && t.store == Store::kFloat, direct = whole && finishes_in_registers(t);
-    const int32_t* group_sums = grouped ? group_column_sums<Dot>(t.panels + offset, t.gemm.k) : nullptr;
 
-    // The next panel of b goes to L2, a part with each tile: at batch 1 it comes from memory.
+    const int8_t* prepared = nullptr;
+    if constexpr (Dot::kPreparesPanels) {
+        if (t.prepared_panels != nullptr) prepared = t.prepared_panels + panel * Dot::panel_bytes(k);
+    }
+    // The panel as the i-th of `right` has it, for the tile-th tile. The next panel goes to L2, a part with each tile: at
+    // batch 1 it comes from memory.
     constexpr int64_t kParts = kGroupBytes / kLineBytes;
     const bool more = panel + 1 < ceil_div(t.gemm.n, kPanel);
-    const auto next_panel = [&](const int8_t* b, int64_t tile) {
-        return more ? b + panel_bytes(t.gemm.k) + tile % kParts * groups * kLineBytes : nullptr;
+    const auto groups_of = [&](int i, int64_t tile) -> PanelGroups {
+        const int8_t* b = right[i] + offset;
+        const int8_t* ahead = more ? b + panel_bytes(k) + tile % kParts * groups * kLineBytes : nullptr;
+        return {b, prepared, 0, groups, column_sums(b, groups), ahead};
     };
+    const int32_t* group_sums = grouped ? group_column_sums<Dot>(t.panels + offset, k) : nullptr;
 
     TileRows at = rows;
     for (int64_t m = first; m < last; m += Dot::kRows, at.a += Dot::kRows * at.stride) {
         const int count = static_cast<int>(smaller(last - m, Dot::kRows));
         const int64_t tile = (m - first) / Dot::kRows;
         if (grouped) {
-            const int8_t* b = t.panels + offset;
-            add_groups<V, Dot>(t, m, count, at.a, at.stride, b, panel, group_sums, sums, next_panel(b, tile));
+            PanelGroups b = groups_of(0, tile);
+            b.sums = group_sums;
+            add_groups<V, Dot>(t, m, count, at.a, at.stride, b, sums);
             if (plain) {
                 finish_plain_tile<V>(t, columns, m, count, sums);
             } else {
@@ -125,8 +129,7 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
         }
         if constexpr (Dot::kFinishesTiles) {
             if (direct) {
-                const int8_t* b = t.panels + offset;
-                finish_in_registers<V, Dot>(t, columns, m, count, at.a, at.stride, b, groups, next_panel(b, tile));
+                finish_in_registers<V, Dot>(t, columns, m, count, at.a, at.stride, groups_of(0, tile));
                 continue;
             }
         }
@@ -134,10 +137,7 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
         const uint8_t* left[4] = {at.a, a_residual, at.a, a_residual};
         for (int i = 0; wanted >> i != 0; ++i) {
             if ((wanted >> i & 1) == 0) continue;
-            const int8_t* b = right[i] + offset;
-            multiply_tile<Dot>(
-                t, count, left[i], at.stride, b, panel, 0, groups, column_sums(b, groups), products + i * kTile,
-                next_panel(b, tile));
+            multiply_tile<Dot>(k, count, left[i], at.stride, groups_of(i, tile), products + i * kTile);
         }
         if (t.store == Store::kInt32) {
             store_products(t, columns, m, count, products);

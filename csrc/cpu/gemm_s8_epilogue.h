@@ -235,7 +235,7 @@ inline bool finishes_in_registers(const GemmTask& t) {
 template <class V, class Dot>
 void finish_in_registers(
     const GemmTask& t, const PanelColumns& c, int64_t m, int rows, const uint8_t* a, int64_t a_stride,
-    const int8_t* panel, int64_t groups, const int8_t* ahead) {
+    const PanelGroups& b) {
     constexpr int kVectors = kPanel / V::lanes;
     using Sums = const typename V::I (&)[kVectors];
     const vqvit_gemm& g = t.gemm;
@@ -246,7 +246,7 @@ void finish_in_registers(
         dequantize_row<V, kind.kind>(c, a_scale[r], y);
     };
     const auto run = [&](const auto& finish) {
-        Dot::finish_tile(rows, a, a_stride, panel, groups, column_sums(panel, groups), ahead, finish);
+        Dot::finish_tile(rows, a, a_stride, b.codes(), b.count, b.sums, b.ahead, finish);
     };
     using None = Activation<VQVIT_NONE>;
     if (t.store == Store::kRowCodes) {

@@ -206,9 +206,7 @@ def int8_linear_compensated(
 ):  # fmt: skip
     a, a_residual = a.contiguous(), contiguous(a_residual)
     b, b_residual = _plain(b, b_scale, a), None if b_residual is None else _plain(b_residual, b_scale, a)
-    gemm, operands = native_gemm(
-        a, b, a_scale, b_scale, bias, layer_scale, contiguous(residual), activation=activation
-    )
+    gemm, operands = native_gemm(a, b, a_scale, b_scale, bias, layer_scale, contiguous(residual), activation=activation)
     out = a.new_empty((gemm.m, gemm.n), dtype=out_dtype)
     _call(
         "int8_linear_compensated", gemm, pointer(a_residual), pointer(b_residual), TERM_BITS[mode],

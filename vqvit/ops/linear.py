@@ -144,7 +144,9 @@ def _(
     va.check_optional(name, "a_residual", a_residual, torch.int8, (m, k), a)
     if b_residual is not None:
         alike = b_residual.dim() == b.dim()
-        va.check(alike, name, "b_residual packed if b is, plain if b is", f"{b_residual.dim()} and {b.dim()} dimensions")
+        va.check(
+            alike, name, "b_residual packed if b is, plain if b is", f"{b_residual.dim()} and {b.dim()} dimensions"
+        )
         va.check_codes(name, "b_residual", b_residual, n, k, a)
     va.check_optional(name, "bias", bias, va.FLOATS, (n,), a)
     va.check_activation(name, activation)

@@ -6,7 +6,7 @@ Without a GPU everything runs in the host's twin (see conftest), which takes its
 import pytest
 import torch
 
-from vqvit import native, reference
+from vqvit import native, ops, reference
 from vqvit.backends import cuda
 
 if reason := cuda.unavailable():
@@ -95,3 +95,10 @@ def test_rows_that_16_byte_copies_do_not_fit(machine):
     a, b = codes(M, 600)[:, 5:593], codes(N, 588)
     assert a.shape[1] == b.shape[1]
     assert_same_bits("int8_mm", a, b)
+
+
+def test_kernels_are_launched_with_their_device_current():
+    own = {name: getattr(cuda, name) for name in ops.NAMES}
+    own = {name: f for name, f in own.items() if getattr(f, "__module__", None) == cuda.__name__}
+    assert len(own) > 10
+    assert [name for name, function in own.items() if not hasattr(function, "__wrapped__")] == []

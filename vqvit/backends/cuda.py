@@ -97,6 +97,7 @@ def layer_norm(x, weight, bias, eps, paper=False):
     return y
 
 
+@_on_stream
 def layernorm_quantize(x, weight, bias, eps, delta=0.0, scale=None, row_sum=False, paper=False):
     return _layernorm_quantize(x, None, weight, bias, eps, None, delta, scale, row_sum, paper)[:3]
 

@@ -1,5 +1,8 @@
 """A block as one op: used where its configuration is the common one, and then with the bits of its ops one by one."""
 
+import copy
+import gc
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,10 +10,11 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vqvit
 from vqvit.backends import cpu
-from vqvit.nn import EncoderBlock
+from vqvit.nn import EncoderBlock, fused_block
 from vqvit.nn import block as block_module
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"cpu backend: {cpu.unavailable()}")
@@ -174,3 +178,114 @@ def test_errors_name_the_operand():
         block(torch.randn(1, 4, 64))
     with pytest.raises(TypeError, match="int8_encoder_block: expected x of dtype float32 or float16 or bfloat16"):
         block(torch.zeros(1, 4, 64, dtype=torch.float64))
+
+
+# From the second call on a block goes to the kernel at once
+
+
+@pytest.fixture
+def ops_called(monkeypatch) -> list:
+    """Inputs of the calls that went through the op."""
+    seen, original = [], fused_block.ops.int8_encoder_block
+
+    def counted(x, *arguments):
+        seen.append(x)
+        return original(x, *arguments)
+
+    monkeypatch.setattr(fused_block.ops, "int8_encoder_block", counted)
+    return seen
+
+
+@pytest.fixture
+def warm() -> EncoderBlock:
+    """A block that was called before."""
+    block = blocks(quantized("layer_scale", vqvit.QuantConfig()))[0]
+    block(torch.randn(1, 4, 64))
+    return block
+
+
+def by_op(block: EncoderBlock, x: torch.Tensor) -> torch.Tensor:
+    fresh = copy.deepcopy(block)
+    return fresh(x)
+
+
+def test_later_calls_need_no_op(warm, ops_called):
+    for shape in ((1, 4, 64), (3, 17, 64), (2, 1, 64), (0, 4, 64)):
+        x = torch.randn(shape)
+        got = warm(x)
+        assert ops_called == []
+        assert torch.equal(got, by_op(warm, x)) and len(ops_called) == 1
+        ops_called.clear()
+    strided = torch.randn(9, 2, 64).transpose(0, 1)
+    assert torch.equal(warm(strided), warm(strided.contiguous()))
+    assert torch.equal(warm(x.bfloat16()), by_op(warm, x.bfloat16()))
+
+
+CHANGES = {
+    "in_place": lambda block: block.fc1.scale.mul_(2),
+    "assigned": lambda block: block.fc2.assign_(block.fc2.plain_codes(), block.fc2.scale * 2),
+    "replaced": lambda block: setattr(block, "norm1_weight", block.norm1_weight * 2),
+    "removed": lambda block: setattr(block, "layer_scale1", None),
+    "moved": lambda block: setattr(block.qkv.bias, "data", block.qkv.bias.data * 2),
+    "option": lambda block: setattr(block, "softmax_scale", block.softmax_scale * 2),
+    "loaded": lambda block: block.load_state_dict({k: v.clone() for k, v in block.state_dict().items()}),
+    "half": lambda block: block.half(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_seen(change, warm):
+    x = torch.randn(2, 5, 64)
+    warm(x)
+    change(warm)
+    expected = by_op(warm, x)
+    assert torch.equal(warm(x), expected) and torch.equal(warm(x), expected)
+
+
+def test_a_copy_is_its_own(warm, ops_called):
+    x = torch.randn(2, 5, 64)
+    expected, other = warm(x), copy.deepcopy(warm)
+    for tensor in warm.buffers():
+        tensor.zero_()
+    assert torch.equal(other(x), expected) and len(ops_called) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # of torch.jit.trace
+def test_whoever_watches_sees_the_op(warm):
+    x, seen = torch.randn(1, 4, 64), []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Watching():
+        warm(x)
+    assert "vqvit::int8_encoder_block" in seen
+    with torch.profiler.profile() as profile:
+        warm(x)
+    assert "vqvit::int8_encoder_block" in {event.name for event in profile.events()}
+    traced = torch.jit.trace(warm, x, check_trace=False)
+    assert "vqvit::int8_encoder_block" in str(traced.graph)
+    with vqvit.backend("reference"):
+        assert torch.equal(warm(x), by_op(warm, x))
+
+
+def test_inputs_are_checked_every_time(warm):
+    for x, error, message in (
+        (torch.randn(1, 4, 60), ValueError, "expected packed qkv of shape"),
+        (torch.randn(4, 64), ValueError, r"expected x of shape \(\*, \*, \*\); got \(4, 64\)"),
+        (torch.zeros(1, 4, 64, dtype=torch.float64), TypeError, "expected x of dtype float32 or"),
+    ):
+        with pytest.raises(error, match=message):
+            warm(x)
+    for tokens in (0, 5):
+        with pytest.raises(ValueError, match="expected leading_tokens between 1 and 4"):
+            block_module.run_in_one_call(warm, torch.randn(1, 4, 64), tokens)
+
+
+def test_a_block_that_moves_lets_go_of_its_weights(warm):
+    codes = weakref.ref(warm.fc1.codes)
+    warm.to(torch.device("meta"))
+    gc.collect()
+    assert codes() is None

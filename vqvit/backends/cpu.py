@@ -223,9 +223,24 @@ def int8_encoder_block(
     fc2, fc2_scale, fc2_bias, layer_scale1=None, layer_scale2=None, activation="gelu",
     qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0, attn_out_groups=False, fc2_groups=False, leading_tokens=None,
 ):  # fmt: skip
-    x = x.contiguous()
-    batch, tokens, width = x.shape
-    head_dim, hidden = qkv_scale.shape[0] // (3 * num_heads), fc1_scale.shape[0]
+    block, operands = encoder_block(
+        num_heads, sm_scale, norm1_weight, norm1_bias, eps1, norm2_weight, norm2_bias, eps2, qkv, qkv_scale, qkv_bias,
+        attn_out, attn_out_scale, attn_out_bias, fc1, fc1_scale, fc1_bias, fc2, fc2_scale, fc2_bias, layer_scale1,
+        layer_scale2, activation, qkv_delta, attn_out_delta, fc1_delta, attn_out_groups, fc2_groups,
+    )  # fmt: skip
+    out = run_encoder_block(block, x, leading_tokens)
+    del operands
+    return out
+
+
+def encoder_block(
+    num_heads, sm_scale, norm1_weight, norm1_bias, eps1, norm2_weight, norm2_bias, eps2,
+    qkv, qkv_scale, qkv_bias, attn_out, attn_out_scale, attn_out_bias, fc1, fc1_scale, fc1_bias,
+    fc2, fc2_scale, fc2_bias, layer_scale1=None, layer_scale2=None, activation="gelu",
+    qkv_delta=0.0, attn_out_delta=0.0, fc1_delta=0.0, attn_out_groups=False, fc2_groups=False,
+):  # fmt: skip
+    """struct vqvit_encoder_block, and the tensors that its pointers need alive."""
+    width, head_dim, hidden = norm1_weight.shape[0], qkv_scale.shape[0] // (3 * num_heads), fc1_scale.shape[0]
     codes = [b if b.dim() == 4 else pack_weight(b) for b in (qkv, attn_out, fc1, fc2)]
     floats = (
         norm1_weight, norm1_bias, norm2_weight, norm2_bias, qkv_scale, qkv_bias, attn_out_scale, attn_out_bias,
@@ -239,6 +254,13 @@ def int8_encoder_block(
         *map(pointer, operands), width, num_heads, head_dim, hidden, eps1, eps2, sm_scale * nm.LOG2_E, qkv_delta,
         attn_out_delta, fc1_delta, ACTIVATION[activation], attn_out_groups, fc2_groups,
     )  # fmt: skip
+    return block, operands
+
+
+def run_encoder_block(block, x, leading_tokens=None):
+    """`int8_encoder_block` of x (B, S, D) for a struct of `encoder_block`, whose tensors live."""
+    x = x.contiguous()
+    batch, tokens, width = x.shape
     leading = tokens if leading_tokens is None else leading_tokens
     out = x.new_empty((batch, leading, width))
     run(

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from vqvit import ops
 from vqvit.families import BlockParts
 from vqvit.nn.compensated import CompensatedLinear
-from vqvit.nn.fused_block import ROLES, run_in_one_call, runs_in_one_call
+from vqvit.nn.fused_block import ROLES, forget, run_in_one_call, runs_in_one_call
 from vqvit.nn.leading import REQUEST
 from vqvit.nn.linear import Codes, HalfLinear, QuantLinear
 from vqvit.nn.module import QuantModule
@@ -146,6 +146,10 @@ class EncoderBlock(QuantModule):
         if isinstance(normalized, Codes) and self.fc2.fuses_input and self.fc2.plan.delta == 0.0:
             return self.fc1.forward_codes(normalized, self.activation, self.fc2)
         return self.fc1(normalized, self.activation, out_dtype=dtype)
+
+    def _apply(self, fn, recurse=True):
+        forget(self)
+        return super()._apply(fn, recurse)
 
     def float_state(self, names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
         """The float parameters this block stands for, under the names of the block it replaced (`BlockParts.names`)."""

@@ -316,6 +316,14 @@ def test_float_operations_agree_with_pytorch(op):
     np.testing.assert_allclose(received, wanted().numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [[8], [3, 8]], ids=["one_axis", "two_axes"])
+def test_layer_norms_without_weights_or_of_more_axes(shape):
+    weight = torch.rand(shape) if len(shape) == 2 else None
+    received = float_ops.OPS["aten.layer_norm.default"](X.numpy(), shape, to_numpy(weight), None, 1e-6, True)
+    wanted = F.layer_norm(X, shape, weight, None, 1e-6)
+    np.testing.assert_allclose(received, wanted.numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_unbind_and_the_list_of_tested_operations():
     for received, wanted in zip(float_ops.OPS["aten.unbind.int"](HEADS.numpy(), 2), HEADS.unbind(2), strict=True):
         np.testing.assert_array_equal(received, wanted.numpy())

@@ -1,7 +1,7 @@
 """A block of the common configuration as one call: the same bits as its ops one by one, without what lies between.
 
 Buffers and layers are read from `nn.Module`'s dictionaries, which names them by attribute only after a lookup that
-fails: 40 of those cost a block as much as its way through PyTorch's dispatcher.
+fails: 40 of those cost a block more than its way through PyTorch's dispatcher.
 """
 
 import operator

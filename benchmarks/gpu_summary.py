@@ -11,7 +11,10 @@ GEMM_SHARES = {"fc2": 0.60, "qkv": 0.45, "attn_out": 0.45, "fc1": 0.45}
 ROW_SHARE = 0.80
 """Least share of the measured copy bandwidth of a row-wise op, there."""
 
-ROW_OPS = ("layernorm_quantize", "add_layernorm_quantize", "quantize_per_token", "quantize_per_group", "quantize_qkv")
+ROW_OPS = (
+    "layer_norm", "layernorm_quantize", "add_layernorm_quantize", "quantize_per_token", "quantize_per_group",
+    "quantize_qkv",
+)  # fmt: skip
 
 
 def verdicts(kernels: list[dict], models: list[dict], backends: tuple[str, ...]) -> Iterator[dict]:

@@ -92,7 +92,7 @@ def test_rows_carry_their_provenance_and_the_summary_all_sections(rehearsal):
     summary = (rehearsal / "out" / "gpu.md").read_text()
     assert all(f"## {section}:" in summary for section in gpu.SHARES)
     targets = summary.split("## targets")[1].split("##")[0]
-    assert targets.count("not measured") == len(BACKENDS) * (4 + 5 + len(gpu_models.TARGETS))
+    assert targets.count("not measured") == len(BACKENDS) * (4 + 6 + len(gpu_models.TARGETS))
 
 
 def kernel(what: str, engine: str, share: str, backend: str = "triton", batch: int = 256) -> dict:
@@ -124,7 +124,7 @@ def test_verdicts():
     assert found["quantize_qkv", "triton"] == ("0.80", "0.81", "reached")
     assert found["vit-l16 batch 8", "triton"] == ("1.80", "1.79", "missed")
     assert found["vit-l16 batch 1", "triton"][2] == found["vit-l16 batch 8", "cuda"][2] == "not measured"
-    assert len(found) == 2 * (4 + 5 + 8)
+    assert len(found) == 2 * (4 + 6 + 8)
 
 
 def test_native_backends_are_those_of_the_preference_that_can_run(monkeypatch):

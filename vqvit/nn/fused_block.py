@@ -59,16 +59,15 @@ def run_in_one_call(block, x: Tensor, leading_tokens: int | None = None) -> Tens
     once, as long as the block holds the same tensors and nobody watches what PyTorch does.
     """
     arguments = _arguments(block)
-    if _is_watched(x):
-        return ops.int8_encoder_block(x, *arguments, leading_tokens)
-    known = _prepared.get(block)
-    if known is not None and known.is_of(arguments):
+    if not _is_watched(x):
+        known = _prepared.get(block)
+        if known is None or not known.is_of(arguments):
+            result = ops.int8_encoder_block(x, *arguments, leading_tokens)
+            _prepared[block] = _prepare(arguments)
+            return result
         if known.struct is not None and _fits(x, leading_tokens, known.struct):
             return cpu.run_encoder_block(known.struct, x, leading_tokens)
-        return ops.int8_encoder_block(x, *arguments, leading_tokens)
-    result = ops.int8_encoder_block(x, *arguments, leading_tokens)
-    _prepared[block] = _prepare(arguments)
-    return result
+    return ops.int8_encoder_block(x, *arguments, leading_tokens)
 
 
 def forget(block) -> None:

@@ -32,6 +32,7 @@ enum vqvit_status {
     VQVIT_UNSUPPORTED_ISA = 4, /* known, but this machine cannot run it */
     VQVIT_UNKNOWN_MODE = 5,
     VQVIT_CUDA_ERROR = 6, /* vqvit_cuda_last_error says which */
+    VQVIT_UNKNOWN_LAYOUT = 7,
 };
 
 enum vqvit_dtype { VQVIT_F32 = 0, VQVIT_F16 = 1, VQVIT_BF16 = 2 };
@@ -45,6 +46,13 @@ enum vqvit_activation {
     VQVIT_SILU = 4,
     VQVIT_RELU = 5,
 };
+
+/* Of a weight b (n, k). CPU kernels take each; those of an instruction set are fastest with one of the packed ones.
+ *   VQVIT_ROWS    (n, k)
+ *   VQVIT_PANELS  (ceil(n/64), ceil(k/4) + 1, 64, 4), [p, g, j, i] = b[64 p + j, 4 g + i], zero padded; the last group of
+ *                 a panel holds the int32 column sums
+ *   VQVIT_STRIPS  (ceil(n/64), 4, bytes): 16 columns each, as csrc/cpu/strips.h says */
+enum vqvit_layout { VQVIT_ROWS = 0, VQVIT_PANELS = 1, VQVIT_STRIPS = 2 };
 
 /* CPU: library -------------------------------------------------------------------------------------------------- */
 
@@ -107,17 +115,17 @@ VQVIT_EXPORT int vqvit_cpu_patchify_quantize(
 
 /* CPU: GEMM ----------------------------------------------------------------------------------------------------- */
 
-/* Panels of a weight b (n, k): packed (ceil(n/64), ceil(k/4) + 1, 64, 4), [p, g, j, i] = b[64 p + j, 4 g + i], zero
- * padded; the last group of a panel holds the int32 column sums. */
-VQVIT_EXPORT int vqvit_cpu_pack_weight(const int8_t* b, int64_t n, int64_t k, int8_t* packed, int threads);
+/* The packed layout that the instruction set in use is fastest with. */
+VQVIT_EXPORT int vqvit_cpu_weight_layout(void);
 
-/* Inverse of vqvit_cpu_pack_weight. */
-VQVIT_EXPORT int vqvit_cpu_unpack_weight(const int8_t* packed, int64_t n, int64_t k, int8_t* b, int threads);
+/* b in another layout. */
+VQVIT_EXPORT int vqvit_cpu_reorder_weight(
+    const int8_t* b, int layout, int64_t n, int64_t k, int8_t* target, int target_layout, int threads);
 
 /* Operands and epilogue of y = act(a_scale b_scaleᵀ ∘ Σ_k (a - a_zero)(b - b_zero) + bias) · layer_scale + residual. */
 typedef struct vqvit_gemm {
     const int8_t* a;          /* (m, k), rows a_stride apart */
-    const int8_t* b;          /* (n, k), or (CPU) the panels of vqvit_cpu_pack_weight */
+    const int8_t* b;          /* (n, k), in b_layout */
     const float* a_scale;     /* (m), or with a_groups (m, ceil(k/128)) */
     const float* b_scale;     /* (n) */
     const void* bias;         /* (n) of bias_dtype, or NULL */
@@ -128,14 +136,14 @@ typedef struct vqvit_gemm {
     const int32_t* b_zero;    /* (n) or NULL; needs a_sum (m) */
     const int32_t* b_sum;     /* (n) */
     int64_t m, n, k, a_stride, residual_stride;
-    int32_t b_packed;   /* 0 or 1; CPU only */
+    int32_t b_layout;   /* enum vqvit_layout; CUDA: VQVIT_ROWS */
     int32_t a_groups;   /* 0 or 1: a scale for each 128 columns of a; then without zero points */
     int32_t activation; /* enum vqvit_activation */
     int32_t bias_dtype, layer_scale_dtype, residual_dtype; /* enum vqvit_dtype; CPU: the first two are fp32, and
                                                               residual_stride is n */
 } vqvit_gemm;
 
-/* int8_mm: acc (m, n) int32; reads a, b, b_packed and the sizes of `gemm`. */
+/* int8_mm: acc (m, n) int32; reads a, b, b_layout and the sizes of `gemm`. */
 VQVIT_EXPORT int vqvit_cpu_int8_mm(const vqvit_gemm* gemm, int32_t* acc, int threads);
 
 /* int8_linear: y (m, n) of dtype; it may be the residual, if that is of the same dtype. */
@@ -155,7 +163,7 @@ VQVIT_EXPORT int vqvit_cpu_int8_linear_qkv(
 
 /* int8_linear_compensated: acc + first_order · [a_residual bᵀ + a b_residualᵀ] + second_order · a_residual b_residualᵀ,
  * dequantized. `terms` is a bit set: 1 for a_residual bᵀ, 2 for a b_residualᵀ, 4 for a_residual b_residualᵀ.
- * a_residual (m, k) with a's stride, b_residual as b, (n, k) or packed; either may be NULL if no term reads it. */
+ * a_residual (m, k) with a's stride, b_residual in b's layout; either may be NULL if no term reads it. */
 VQVIT_EXPORT int vqvit_cpu_int8_linear_compensated(
     const vqvit_gemm* gemm, const int8_t* a_residual, const int8_t* b_residual, int terms, float first_order,
     float second_order, void* y, int dtype, int threads);
@@ -179,7 +187,7 @@ VQVIT_EXPORT int vqvit_cpu_int8_attention(
 /* CPU: encoder block -------------------------------------------------------------------------------------------- */
 
 /* Weights and sizes of h += layer_scale1 · attention(LN1(h)) · attn_outᵀ; h += layer_scale2 · act(LN2(h) fc1ᵀ) fc2ᵀ.
- * Weights are panels of vqvit_cpu_pack_weight; what is not marked int8_t is fp32. */
+ * Weights are int8_t, each in a layout of its own; what is not marked is fp32. */
 typedef struct vqvit_encoder_block {
     const float* norm1_weight; /* (width) */
     const float* norm1_bias;
@@ -203,6 +211,7 @@ typedef struct vqvit_encoder_block {
     float eps1, eps2, logit_scale;
     float qkv_delta, attn_out_delta, fc1_delta; /* of the layer's input */
     int32_t activation;                         /* enum vqvit_activation */
+    int32_t qkv_layout, attn_out_layout, fc1_layout, fc2_layout; /* enum vqvit_layout */
     int32_t attn_out_groups, fc2_groups; /* 0 or 1: a scale for each 128 columns of the layer's input; no delta then */
 } vqvit_encoder_block;
 

@@ -1,5 +1,6 @@
 """Exports a quantized model as a program for `vqvit.serving`: the graph of `torch.export`, simplified, and weights."""
 
+import contextlib
 import dataclasses
 import math
 import operator
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
-from vqvit import files, ops
+from vqvit import files, layouts, ops
 from vqvit.evaluate import eval_mode
+from vqvit.nn import QuantLinear
 from vqvit.rewriter import plan_of
 from vqvit.serving import Session, float_ops, int8_ops
 from vqvit.serving.program import BATCH, PROGRAM, WEIGHTS, Input, Program, ProgramError, Step
@@ -47,7 +49,7 @@ def export(model: nn.Module, folder: str | Path, sample: Tensor | None = None) -
     plan_of(model)  # raises for a float model
     files.require_replaceable(folder, PROGRAM, "an exported model")
     sample = _sample(model) if sample is None else sample.detach()
-    with eval_mode(model), torch.inference_mode():
+    with eval_mode(model), _in_panels(model), torch.inference_mode():
         program, weights = _program(model, sample)
         expected = dict(_named_tensors(model(sample)))
     with files.staged_folder(folder) as staging:
@@ -56,6 +58,19 @@ def export(model: nn.Module, folder: str | Path, sample: Tensor | None = None) -
         (staging / PROGRAM).write_text(finished.to_json() + "\n")
         _compare(Session(staging)(sample.numpy()), expected)
     return folder
+
+
+@contextlib.contextmanager
+def _in_panels(model: nn.Module) -> Iterator[None]:
+    """Packed weights as every instruction set can load them, then again as this one is fastest with them."""
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear) and module.packed]
+    for layer in packed:
+        layer.pack_("panels")
+    try:
+        yield
+    finally:
+        for layer in packed:
+            layer.pack_()
 
 
 def _sample(model: nn.Module) -> Tensor:
@@ -264,7 +279,9 @@ def _stored(tensor: Tensor, name: str, packed: bool) -> Tensor:
     """A weight as the session reads it: int8 in panels where a kernel takes them, all else fp32 or an integer."""
     tensor = tensor.detach().cpu().contiguous()
     if packed:
-        return tensor.clone() if tensor.dim() == 4 else ops.pack_weight(tensor)
+        if layouts.of(tensor) == "strips":
+            raise ProgramError(f"export: expected weights in rows or panels; {name} is in strips")
+        return tensor.clone() if layouts.of(tensor) == "panels" else ops.pack_weight(tensor)
     if tensor.dtype in (torch.float16, torch.bfloat16):
         raise ProgramError(f"export: expected fp32 outside of the integer layers; {name} is {tensor.dtype}")
     return tensor.clone()

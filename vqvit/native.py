@@ -14,7 +14,7 @@ import time
 from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-from vqvit import _build
+from vqvit import _build, layouts
 from vqvit._build import CPU, CUDA, CUDA_TWIN, Library
 
 logger = logging.getLogger("vqvit")
@@ -31,6 +31,7 @@ STATUS = {
     4: "unsupported instruction set",
     5: "unknown mode",
     6: "CUDA",
+    7: "unknown layout",
 }
 """enum vqvit_status, without VQVIT_OK."""
 
@@ -52,7 +53,7 @@ class Gemm(ctypes.Structure):
         )),
         *((name, c_int64) for name in ("m", "n", "k", "a_stride", "residual_stride")),
         *((name, c_int32) for name in (
-            "b_packed", "a_groups", "activation", "bias_dtype", "layer_scale_dtype", "residual_dtype",
+            "b_layout", "a_groups", "activation", "bias_dtype", "layer_scale_dtype", "residual_dtype",
         )),
     )  # fmt: skip
 
@@ -68,7 +69,9 @@ class EncoderBlock(ctypes.Structure):
         )),
         *((name, c_int64) for name in ("width", "heads", "head_dim", "hidden")),
         *((name, c_float) for name in ("eps1", "eps2", "logit_scale", "qkv_delta", "attn_out_delta", "fc1_delta")),
-        *((name, c_int32) for name in ("activation", "attn_out_groups", "fc2_groups")),
+        *((name, c_int32) for name in (
+            "activation", "qkv_layout", "attn_out_layout", "fc1_layout", "fc2_layout", "attn_out_groups", "fc2_groups",
+        )),
     )  # fmt: skip
 
 
@@ -89,8 +92,8 @@ _SIGNATURES = {
         ),
         "layer_norm": (_POINTER, c_int, _POINTER, _POINTER, _SIZE, _SIZE, c_float, c_int, _POINTER, c_int),
         "patchify_quantize": (_POINTER, c_int, *[_SIZE] * 6, *[_POINTER] * 3, c_int),
-        "pack_weight": (_POINTER, _SIZE, _SIZE, _POINTER, c_int),
-        "unpack_weight": (_POINTER, _SIZE, _SIZE, _POINTER, c_int),
+        "weight_layout": (),
+        "reorder_weight": (_POINTER, c_int, _SIZE, _SIZE, _POINTER, c_int, c_int),
         "int8_mm": (_GEMM, _POINTER, c_int),
         "int8_linear": (_GEMM, _POINTER, c_int, c_int),
         "int8_linear_quantize": (_GEMM, _POINTER, c_int, c_int, *[_POINTER] * 4, c_int),
@@ -274,6 +277,11 @@ def cpu_isa() -> str:
 def cpu_isa_available() -> tuple[str, ...]:
     """Instruction sets this machine can run, best last."""
     return tuple(_text(cpu(), "cpu", "isa_available").split(","))
+
+
+def cpu_weight_layout() -> str:
+    """The layout, of `layouts.PACKED`, that the instruction set in use is fastest with."""
+    return layouts.NAMES[cpu().vqvit_cpu_weight_layout()]
 
 
 def cpu_peak(threads: int, rounds: int = 1 << 22) -> float:

@@ -10,7 +10,9 @@ import sys
 import torch
 from torch import Tensor
 
+from vqvit import layouts
 from vqvit import numerics as nm
+from vqvit.layouts import CHUNK, K_GROUP, PANEL, STRIP
 
 COMPENSATION_TERMS = {
     "none": (False, False, False),
@@ -20,12 +22,6 @@ COMPENSATION_TERMS = {
     "full": (True, True, True),
 }
 """Products added by each mode of `int8_linear_compensated`: (R_A Bqᵀ, Aq R_Bᵀ, R_A R_Bᵀ)."""
-
-PANEL = 64
-"""Output channels in a panel of a packed weight."""
-
-K_GROUP = 4
-"""Consecutive input channels that one VNNI lane multiplies and sums."""
 
 
 def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=False):
@@ -243,13 +239,19 @@ int8_encoder_block = functools.partial(compose_encoder_block, sys.modules[__name
 """h = x + ls1 ∘ attention(LN1(x)) W_oᵀ; h + ls2 ∘ act(LN2(h) W_1ᵀ) W_2ᵀ: a block as its ops, one after the other."""
 
 
-def pack_weight(b):
-    """(N, K) codes to panels (⌈N/64⌉, ⌈K/4⌉ + 1, 64, 4): [p, g, n, i] = b[64 p + n, 4 g + i], zero padded.
+def pack_weight(b, layout="panels"):
+    """(N, K) codes in a packed layout, zero padded.
 
-    The last group of a panel holds the int32 column sums Σ_k b[n, k] as bytes: signed kernels on u8 x s8
-    instructions subtract 128 times them.
+    panels: [p, g, n, i] = b[64 p + n, 4 g + i], then the int32 column sums Σ_k b[n, k] as bytes: signed kernels on u8 x
+    s8 instructions subtract 128 times them.
+
+    strips: for each 16 output channels (⌈K/16⌉, 4, 16, 4) of b + 128 as u8, [c, g, n, i] = b[n, 16 c + 4 g + i] + 128;
+    then for each chunk c the largest ‖·‖² of the eight codes that one int16 sums, [:, n, :2] and [:, n, 2:] over all n,
+    fp32, Inf from 65535 on (a square is |b| min(|b|, 127)).
     """
     n, k = b.shape
+    if layout == "strips":
+        return _strips(b)
     panels, groups = -(-n // PANEL), -(-k // K_GROUP)
     padded = b.new_zeros(panels * PANEL, groups * K_GROUP)
     padded[:n, :k] = b
@@ -258,15 +260,36 @@ def pack_weight(b):
     return torch.cat([body, sums], dim=1)
 
 
+def _strips(b: Tensor) -> Tensor:
+    n, k = b.shape
+    packed = b.new_zeros(layouts.shape_of("strips", n, k))
+    (panels, strips, _), chunks = packed.shape, -(-k // CHUNK)
+    padded = b.new_zeros(panels * PANEL, chunks * CHUNK)
+    padded[:n, :k] = b
+    codes = padded.view(panels, strips, STRIP, chunks, CHUNK // K_GROUP, K_GROUP).permute(0, 1, 3, 4, 2, 5)
+    packed[..., : chunks * CHUNK * STRIP] = (codes ^ -128).flatten(2)
+    magnitudes = codes.int().abs()
+    squares = (magnitudes * magnitudes.clamp_max(127)).unflatten(-1, (2, 2)).sum((3, -1))
+    norms = squares.flatten(3).amax(-1).float()
+    norms[norms >= 0xFFFF] = torch.inf
+    packed[..., chunks * CHUNK * STRIP :][..., : 4 * chunks] = norms.view(torch.int8)
+    return packed
+
+
 def unpack_weight(packed, n, k):
     """Inverse of `pack_weight`: the (n, k) codes."""
-    panels, groups = packed.shape[0], packed.shape[1] - 1
-    body = packed[:, :groups].transpose(1, 2).reshape(panels * PANEL, groups * K_GROUP)
+    if packed.dim() == 3:  # strips
+        (panels, strips, _), chunks = packed.shape, -(-k // CHUNK)
+        codes = (packed[..., : chunks * CHUNK * STRIP] ^ -128).view(panels, strips, chunks, -1, STRIP, K_GROUP)
+        body = codes.permute(0, 1, 4, 2, 3, 5).reshape(panels * PANEL, chunks * CHUNK)
+    else:
+        panels, groups = packed.shape[0], packed.shape[1] - 1
+        body = packed[:, :groups].transpose(1, 2).reshape(panels * PANEL, groups * K_GROUP)
     return body[:n, :k].contiguous()
 
 
 def _unpacked(b: Tensor, k: int) -> Tensor:
-    return unpack_weight(b, b.shape[0] * PANEL, k) if b.dim() == 4 else b
+    return b if b.dim() == 2 else unpack_weight(b, b.shape[0] * PANEL, k)
 
 
 def _equalized(x: Tensor, equalizer: Tensor | None) -> Tensor:

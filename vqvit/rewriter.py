@@ -254,11 +254,13 @@ def release_float(model: nn.Module) -> None:
         module.original[0].to("meta")
 
 
-def pack_weights(model: nn.Module) -> None:
-    """Lay out all weights for the kernels that will run; checkpoints do not see it."""
+def pack_weights(model: nn.Module, layout: str | None = None) -> None:
+    """Lay out all weights for the kernels that will run, or as `layout` says (`QuantLinear.pack_`); checkpoints do not
+    see it.
+    """
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            module.pack_()
+            module.pack_(layout)
 
 
 def _refuse_quantized(model: nn.Module) -> None:

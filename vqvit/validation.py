@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vqvit import layouts
 from vqvit import numerics as nm
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -96,8 +97,11 @@ def check_operands(
 
 def check_codes(op: str, name: str, b: Tensor, n: int, k: int, like: Tensor) -> None:
     """int8 (N, K), or packed."""
-    if b.dim() == 4:
-        check_tensor(op, f"packed {name}", b, torch.int8, (-(-n // 64), -(-k // 4) + 1, 64, 4), like)
+    dimensions = b.dim()
+    if dimensions == 4:
+        check_tensor(op, f"packed {name}", b, torch.int8, layouts.shape_of("panels", n, k), like)
+    elif dimensions == 3:
+        check_tensor(op, f"packed {name}", b, torch.int8, layouts.shape_of("strips", n, k), like)
     else:
         check_tensor(op, name, b, torch.int8, (n, k), like)
 

@@ -12,8 +12,8 @@
 //                     cache lines that tiles will read soon, a hint, or NULL
 //   finish_tile       if kFinishesTiles: finish(r, sums of row r) for every row of a tile of s8 codes and all columns
 //                     of a panel, from the registers that hold the sums; `ahead` as of `tile`
-//   kPreparesPanels   GEMMs of many rows run on panels in another form, by `panel_bytes`, `prepare_panel`,
-//                     `row_bytes`, `prepare_rows` and `gemm_tile` (dot_avx2.h)
+//   kReadsStrips      GEMMs run on weights in strips (strips.h) too, by `pack_strips`, `row_bytes`, `prepare_rows` and
+//                     `gemm_tile` (dot_avx2.h)
 //   pack_panel        one panel from rows of b: see pack_panel_portable
 //   pack_transposed   one panel from columns of b, without sums: see pack_transposed_portable
 #pragma once
@@ -21,6 +21,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "strips.h"
 
 namespace vqvit {
 namespace {
@@ -38,7 +39,7 @@ inline const int32_t* column_sums(const int8_t* panel, int64_t groups) {
 // Groups [first, first + count) of a packed panel, as a tile multiplies them.
 struct PanelGroups {
     const int8_t* panel;
-    const int8_t* prepared;  // the panel where kPreparesPanels, or NULL
+    bool in_strips;  // only where kReadsStrips
     int64_t first, count;
     const int32_t* sums;  // as of a Dot's tile
     const int8_t* ahead;
@@ -63,6 +64,16 @@ inline void pack_panel_portable(const int8_t* b, int64_t b_stride, int64_t colum
     std::memcpy(panel + groups * kGroupBytes, sums, sizeof sums);
 }
 
+// Inverse of pack_panel_portable: the rows of b, adjacent.
+inline void unpack_panel(const int8_t* panel, int64_t columns, int64_t k, int8_t* b) {
+    const int64_t whole = k / kKGroup;
+    for (int64_t n = 0; n < columns; ++n, b += k) {
+        const int8_t* source = panel + n * kKGroup;
+        for (int64_t g = 0; g < whole; ++g) std::memcpy(b + g * kKGroup, source + g * kGroupBytes, kKGroup);
+        for (int64_t i = whole * kKGroup; i < k; ++i) b[i] = source[whole * kGroupBytes + i % kKGroup];
+    }
+}
+
 // One panel from v, (k, columns) with rows v_stride apart: groups of (64 columns, 4 rows). No column sums.
 inline void pack_transposed_portable(const int8_t* v, int64_t v_stride, int64_t columns, int64_t k, int8_t* panel) {
     std::memset(panel, 0, static_cast<size_t>(ceil_div(k, kKGroup) * kGroupBytes));
@@ -79,7 +90,7 @@ struct DotScalar {
     static constexpr bool kReadsS8 = false;
     static constexpr bool kReadsS16 = false;
     static constexpr bool kFinishesTiles = false;
-    static constexpr bool kPreparesPanels = false;
+    static constexpr bool kReadsStrips = false;
 
     template <class Code>  // int8_t or uint8_t
     static void prepare(const Code* row, int64_t k, uint8_t* prepared) {

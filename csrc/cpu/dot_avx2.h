@@ -1,5 +1,5 @@
-// Int8 tiles without VNNI: codes widen to int16, vpmaddwd multiplies and adds pairs exactly. GEMMs of many rows take
-// dot_avx2_int16.h instead, where their codes allow it: 1.5 times as fast on Zen 3.
+// Int8 tiles without VNNI: codes widen to int16, vpmaddwd multiplies and adds pairs exactly. GEMMs of weights in strips
+// take dot_avx2_int16.h instead, where their codes allow it: 1.5 times as fast on Zen 3.
 #pragma once
 
 #include <immintrin.h>
@@ -16,7 +16,7 @@ struct DotAvx2 {
     static constexpr bool kReadsS8 = false;
     static constexpr bool kReadsS16 = true;
     static constexpr bool kFinishesTiles = false;
-    static constexpr bool kPreparesPanels = true;
+    static constexpr bool kReadsStrips = true;
 
     // A group (a0, a1, a2, a3) is stored as int16 (a0, a2, a1, a3): the pairs that even and odd weight bytes meet.
     static __m128i pair_order() {
@@ -62,15 +62,21 @@ struct DotAvx2 {
         }
     }
 
-    template <int R>
+    // Sixteen columns of a panel, or a strip.
+    template <int R, bool Strip>
     static void tile_16(
         const uint8_t* a, int64_t a_stride, const int8_t* b, int64_t groups, int32_t* out, int64_t out_stride) {
+        constexpr int64_t kStep = Strip ? kStripGroup : vqvit::kGroupBytes;
+        const __m256i flip = Strip ? _mm256_set1_epi8(static_cast<char>(128)) : _mm256_setzero_si256();
         __m256i acc[R][2];
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
-        for (int64_t g = 0; g < groups; ++g, a += kGroupBytes, b += vqvit::kGroupBytes) {
-            const __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-            const __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b) + 1);
+        for (int64_t g = 0; g < groups; ++g, a += kGroupBytes, b += kStep) {
+            __m256i w0 = load_256(b), w1 = load_256(b + 32);
+            if (Strip) {
+                w0 = _mm256_xor_si256(w0, flip);
+                w1 = _mm256_xor_si256(w1, flip);
+            }
             const __m256i even[2] = {
                 _mm256_srai_epi16(_mm256_slli_epi16(w0, 8), 8),
                 _mm256_srai_epi16(_mm256_slli_epi16(w1, 8), 8),
@@ -81,31 +87,35 @@ struct DotAvx2 {
         }
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * out_stride), acc[r][0]);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * out_stride) + 1, acc[r][1]);
+            store_256(out + r * out_stride, acc[r][0]);
+            store_256(out + r * out_stride + 8, acc[r][1]);
         }
+    }
+
+    using Tile16 = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*, int64_t);
+
+    template <bool Strip>
+    static Tile16 tile_of_rows(int rows) {
+        static constexpr Tile16 by_rows[kRows] = {tile_16<1, Strip>, tile_16<2, Strip>, tile_16<3, Strip>,
+                                                  tile_16<4, Strip>, tile_16<5, Strip>, tile_16<6, Strip>};
+        return by_rows[rows - 1];
     }
 
     static void tile(
         int rows, int vectors, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t groups,
         const int32_t*, int32_t* out, int64_t out_stride, const int8_t* = nullptr) {
-        using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*, int64_t);
-        static constexpr Tile by_rows[kRows] = {tile_16<1>, tile_16<2>, tile_16<3>, tile_16<4>, tile_16<5>, tile_16<6>};
+        const Tile16 tile = tile_of_rows<false>(rows);
         for (int v = 0; v < vectors; ++v) {
-            by_rows[rows - 1](a, a_stride, panel + v * 16 * kKGroup, groups, out + v * 16, out_stride);
+            tile(a, a_stride, panel + v * 16 * kKGroup, groups, out + v * 16, out_stride);
         }
     }
 
-    static int64_t panel_bytes(int64_t k) { return PanelLayout(k).bytes(); }
-    static void prepare_panel(const int8_t* panel, int64_t k, int8_t* prepared) {
-        prepare_int16_panel(panel, k, prepared);
-    }
     static int64_t row_bytes(int64_t k) { return RowsLayout(k).row_bytes(); }
 
-    // `rows` <= kRows rows of a, for the panels that are prepared if `for_prepared`.
+    // `rows` <= kRows rows of a, for weights in strips if `for_strips`.
     static void prepare_rows(
-        const int8_t* a, int64_t a_stride, int rows, int64_t k, bool for_prepared, uint8_t* prepared) {
-        RowsHeader header = {for_prepared && prepare_int16_rows(a, a_stride, rows, k, prepared)};
+        const int8_t* a, int64_t a_stride, int rows, int64_t k, bool for_strips, uint8_t* prepared) {
+        RowsHeader header = {for_strips && prepare_int16_rows(a, a_stride, rows, k, prepared)};
         std::memcpy(prepared, &header, sizeof header);
         const RowsLayout layout(k);
         for (int r = 0; r < rows && header.is_int16 == 0; ++r) {
@@ -119,11 +129,18 @@ struct DotAvx2 {
         std::memcpy(&header, prepared, sizeof header);
         if (header.is_int16 != 0) {
             const int64_t first = b.first / kChunkGroups, last = ceil_div(b.first + b.count, kChunkGroups);
-            return int16_tile(rows, prepared, k, b.prepared, first, last, out);
+            return int16_tile(rows, prepared, k, {b.panel, StripLayout(k), b.ahead}, first, last, out);
         }
         const uint8_t* a = prepared + RowsLayout::kHeader + b.first * kGroupBytes;
-        tile(rows, kTileVectors, a, RowsLayout(k).wide_stride, b.codes(), b.count, nullptr, out, kPanel);
+        const int64_t stride = RowsLayout(k).wide_stride;
+        if (!b.in_strips) return tile(rows, kTileVectors, a, stride, b.codes(), b.count, nullptr, out, kPanel);
+        const int8_t* strip = b.panel + b.first * kStripGroup;
+        for (int s = 0; s < kStrips; ++s, strip += StripLayout(k).strip_bytes) {
+            tile_of_rows<true>(rows)(a, stride, strip, b.count, out + s * kStrip, kPanel);
+        }
     }
+
+    static void pack_strips(const int8_t* panel, int64_t k, int8_t* strips) { pack_int16_strips(panel, k, strips); }
 
     static void pack_panel(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel) {
         pack_panel_portable(b, b_stride, columns, k, panel);

@@ -9,42 +9,25 @@
 //           chunk's rows and columns allow more than int16 holds, the chunk is summed in int32.
 // In the layers of DINOv2-small, 0.1 to 2.2 % of a row's groups have an extra, and 0 to 5 % of a tile's chunks take
 // int32; most patches of pixels have too many extras. Such tiles keep the int16 codes of dot_avx2.h.
+// b + 128 and its norms: strips.h.
 #pragma once
 
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "dot.h"
+#include "strips.h"
 
 namespace vqvit {
 namespace {
 
-constexpr int64_t kChunk = 16;  // input channels
-constexpr int64_t kChunkGroups = kChunk / kKGroup;
-constexpr int kStrip = 16;  // columns of a tile
-constexpr int kStrips = kPanel / kStrip;
-constexpr int64_t kStripGroup = kStrip * kKGroup;  // bytes
-constexpr int64_t kStripChunk = kChunkGroups * kStripGroup;
 constexpr int kTileRows = 6;  // x 16 columns: 12 sums, 2 weights, 1 group of codes, 1 product: 16 registers
 constexpr int kPairLimit = 128;
-constexpr int64_t kNormLanes = 8;  // norms are compared so many at once
 
 // ‖a‖² ‖b‖² below which a lane's sum is within int16. Squares of -128 count as 128 · 127.
 constexpr float kNormBound = 32767.0f * 32767.0f * (127.0f / 128.0f) * (127.0f / 128.0f) * 0.9999f;
-
-// A panel: its strips of 16 columns one after the other, each (chunks, 4 groups, 16 columns, 4 channels) of b + 128,
-// then the largest ‖b‖² over a strip's lanes, (4 strips, chunks) fp32.
-struct PanelLayout {
-    int64_t chunks, norm_stride;
-
-    explicit PanelLayout(int64_t k) : chunks(ceil_div(k, kChunk)), norm_stride(round_up(chunks, kNormLanes)) {}
-    int64_t strip_bytes() const { return chunks * kStripChunk; }
-    int64_t norms_at() const { return kStrips * strip_bytes(); }
-    int64_t bytes() const { return norms_at() + kStrips * norm_stride * int64_t{sizeof(float)}; }
-};
 
 // A group of one row that is multiplied apart.
 struct Extra {
@@ -105,15 +88,18 @@ struct Int16Rows {
           extras(reinterpret_cast<const Extra*>(tile + layout.extras_at)) {}
 };
 
-// A panel that `prepare_int16_panel` wrote: its strips' codes and norms.
+// The strips of a panel. `ahead`: as of a Dot's tile.
 struct Int16Panel {
     const int8_t* data;
-    PanelLayout layout;
+    StripLayout layout;
+    const int8_t* ahead;
 
-    const int8_t* codes(int strip) const { return data + strip * layout.strip_bytes(); }
-    const float* norms(int strip) const {
-        return reinterpret_cast<const float*>(data + layout.norms_at()) + strip * layout.norm_stride;
+    const int8_t* codes(int strip) const { return data + strip * layout.strip_bytes; }
+    // What goes to L2 while a strip is multiplied, a line for each chunk.
+    const int8_t* lines(int strip) const {
+        return ahead == nullptr ? codes(strip) : ahead + strip * layout.chunks * kLineBytes;
     }
+    const float* norms(int strip) const { return reinterpret_cast<const float*>(codes(strip) + layout.norms_at()); }
 };
 
 // Squares of codes, added in pairs: u16.
@@ -122,35 +108,34 @@ inline __m256i pair_squares(__m256i codes) {
     return _mm256_maddubs_epi16(magnitudes, _mm256_min_epu8(magnitudes, _mm256_set1_epi8(127)));
 }
 
-// ‖·‖² from a sum that saturates.
-inline float norm_of(uint32_t sum) {
-    return sum == 0xffff ? std::numeric_limits<float>::infinity() : static_cast<float>(sum);
-}
-
-// Prepares the panel of int8 b, in the layout of `pack_panel`, for k input channels.
-inline void prepare_int16_panel(const int8_t* panel, int64_t k, int8_t* target) {
-    const PanelLayout layout(k);
+// As pack_strips_portable.
+inline void pack_int16_strips(const int8_t* panel, int64_t k, int8_t* strips) {
+    const StripLayout layout(k);
     const int64_t groups = ceil_div(k, kKGroup);
     const __m256i flip = _mm256_set1_epi8(static_cast<char>(128));
-    float* norms = reinterpret_cast<float*>(target + layout.norms_at());
-    std::fill_n(norms, kStrips * layout.norm_stride, 0.0f);
+    for (int s = 0; s < kStrips; ++s) {
+        int8_t* norms = strips + s * layout.strip_bytes + layout.norms_at();
+        std::memset(norms, 0, static_cast<size_t>(layout.strip_bytes - layout.norms_at()));
+    }
     for (int64_t c = 0; c < layout.chunks; ++c) {
         for (int s = 0; s < kStrips; ++s) {
             __m256i squares[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-            int8_t* strip = target + s * layout.strip_bytes() + c * kStripChunk;
-            for (int64_t g = 0; g < kChunkGroups; ++g, strip += kStripGroup) {
+            int8_t* strip = strips + s * layout.strip_bytes;
+            int8_t* target = strip + c * kStripChunk;
+            for (int64_t g = 0; g < kChunkGroups; ++g, target += kStripGroup) {
                 const bool inside = c * kChunkGroups + g < groups;
                 const int8_t* source = panel + (c * kChunkGroups + g) * kGroupBytes + s * kStripGroup;
                 for (int v = 0; v < 2; ++v) {
                     const __m256i b = inside ? load_256(source + v * 32) : _mm256_setzero_si256();
-                    store_256(strip + v * 32, _mm256_xor_si256(b, flip));
+                    store_256(target + v * 32, _mm256_xor_si256(b, flip));
                     squares[v] = _mm256_adds_epu16(squares[v], pair_squares(b));
                 }
             }
             const __m256i larger = _mm256_max_epu16(squares[0], squares[1]);
             const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(larger), _mm256_extracti128_si256(larger, 1));
             const __m128i least = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
-            norms[s * layout.norm_stride + c] = norm_of(static_cast<uint32_t>(0xffff ^ _mm_extract_epi16(least, 0)));
+            float* norms = reinterpret_cast<float*>(strip + layout.norms_at());
+            norms[c] = norm_of(static_cast<uint32_t>(0xffff ^ _mm_extract_epi16(least, 0)));
         }
     }
 }
@@ -239,14 +224,16 @@ inline bool prepare_int16_rows(const int8_t* a, int64_t a_stride, int rows, int6
     return true;
 }
 
-// out[r] += Σ_k a'[r] b over chunks [first, last) whose lanes stay within int16, for the 16 columns of a strip.
+// out[r] += Σ_k a'[r] b over chunks [first, last) whose lanes stay within int16, for the 16 columns of a strip. `lines`: of
+// all chunks.
 template <int R>
 __attribute__((noinline)) void add_chunks(
-    const uint8_t* blocks, const int8_t* strip, int64_t first, int64_t last, int32_t* out) {
+    const uint8_t* blocks, const int8_t* strip, int64_t first, int64_t last, const int8_t* lines, int32_t* out) {
     const __m256i ones = _mm256_set1_epi16(1);
     const uint8_t* block = blocks + first * RowsLayout::kBlock;
     const int8_t* b = strip + first * kStripChunk;
     for (int64_t c = first; c < last; ++c, block += RowsLayout::kBlock, b += kStripChunk) {
+        _mm_prefetch(reinterpret_cast<const char*>(lines + c * kLineBytes), _MM_HINT_T1);
         __m256i sums[R][2];
 #pragma GCC unroll 4
         for (int g = 0; g < kChunkGroups; ++g) {
@@ -297,6 +284,7 @@ inline void add_groups_in_int32(const void* codes, const int8_t* b, int32_t* out
 template <int R>
 void add_strip(const Int16Rows& a, const Int16Panel& b, int s, int64_t first, int64_t last, int32_t* out) {
     const int8_t* strip = b.codes(s);
+    const int8_t* lines = b.lines(s);
     const float* strip_norms = b.norms(s);
     for (int r = 0; r < R; ++r) {
         store_256(out + r * kPanel, _mm256_setzero_si256());
@@ -309,7 +297,7 @@ void add_strip(const Int16Rows& a, const Int16Panel& b, int s, int64_t first, in
         int wide = _mm256_movemask_ps(_mm256_cmp_ps(product, bound, _CMP_NLE_UQ));  // NaN counts
         for (; wide != 0; wide &= wide - 1) {
             const int64_t chunk = c + __builtin_ctz(static_cast<unsigned>(wide));
-            add_chunks<R>(a.blocks, strip, begin, chunk, out);
+            add_chunks<R>(a.blocks, strip, begin, chunk, lines, out);
             const uint8_t* codes = a.blocks + chunk * RowsLayout::kBlock;
             for (int r = 0; r < R; ++r) {
                 add_groups_in_int32<kChunkGroups>(codes + r * kChunk, strip + chunk * kStripChunk, out + r * kPanel);
@@ -317,7 +305,7 @@ void add_strip(const Int16Rows& a, const Int16Panel& b, int s, int64_t first, in
             begin = chunk + 1;
         }
     }
-    add_chunks<R>(a.blocks, strip, begin, last, out);
+    add_chunks<R>(a.blocks, strip, begin, last, lines, out);
 }
 
 // out (rows, 64) += e b of the extras of chunks [first, last), of which the first begins a segment.
@@ -335,14 +323,13 @@ inline void add_extras(
     }
 }
 
-// out (rows, 64) = Σ a b over chunks [first, last) of a tile's rows and a prepared panel.
+// out (rows, 64) = Σ a b over chunks [first, last) of a tile's rows and a panel's strips.
 inline void int16_tile(
-    int rows, const uint8_t* tile, int64_t k, const int8_t* panel, int64_t first, int64_t last, int32_t* out) {
+    int rows, const uint8_t* tile, int64_t k, const Int16Panel& b, int64_t first, int64_t last, int32_t* out) {
     using Strip = void (*)(const Int16Rows&, const Int16Panel&, int, int64_t, int64_t, int32_t*);
     static constexpr Strip by_rows[kTileRows] = {add_strip<1>, add_strip<2>, add_strip<3>,
                                                  add_strip<4>, add_strip<5>, add_strip<6>};
     const Int16Rows a(tile, RowsLayout(k));
-    const Int16Panel b = {panel, PanelLayout(k)};
     for (int s = 0; s < kStrips; ++s) by_rows[rows - 1](a, b, s, first, last, out + s * kStrip);
     add_extras(rows, a, b, first, last, out);
 }

@@ -18,7 +18,7 @@ struct DotAvx512Vnni {
     static constexpr bool kReadsS8 = true;
     static constexpr bool kReadsS16 = false;
     static constexpr bool kFinishesTiles = true;
-    static constexpr bool kPreparesPanels = false;
+    static constexpr bool kReadsStrips = false;
     static constexpr int kColumns = 16;  // of a zmm register
 
     static void prepare(const int8_t* row, int64_t k, uint8_t* prepared) {

@@ -16,7 +16,7 @@ struct DotAvxVnni {
     static constexpr bool kReadsS8 = false;
     static constexpr bool kReadsS16 = false;
     static constexpr bool kFinishesTiles = false;
-    static constexpr bool kPreparesPanels = false;
+    static constexpr bool kReadsStrips = false;
 
     static void prepare(const int8_t* row, int64_t k, uint8_t* prepared) {
         constexpr int kOffset = 128;

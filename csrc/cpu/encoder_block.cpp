@@ -90,21 +90,28 @@ struct BlockScratch {
     }
 };
 
-vqvit_gemm packed_gemm(
-    const int8_t* a, const float* a_scale, int32_t a_groups, const int8_t* b, const float* b_scale, const float* bias,
-    int64_t m, int64_t n, int64_t k) {
+// What a layer multiplies by.
+struct Layer {
+    const int8_t* b;
+    int32_t layout;
+    const float *scale, *bias;
+};
+
+// y (m, n) of a layer and contiguous a (m, k).
+vqvit_gemm gemm_of(
+    const Layer& layer, const int8_t* a, const float* a_scale, int32_t a_groups, int64_t m, int64_t n, int64_t k) {
     vqvit_gemm g = {};
     g.a = a;
     g.a_scale = a_scale;
     g.a_groups = a_groups;
-    g.b = b;
-    g.b_scale = b_scale;
-    g.bias = bias;
+    g.b = layer.b;
+    g.b_layout = layer.layout;
+    g.b_scale = layer.scale;
+    g.bias = layer.bias;
     g.m = m;
     g.n = n;
     g.k = k;
     g.a_stride = k;
-    g.b_packed = 1;
     return g;
 }
 
@@ -118,9 +125,9 @@ void attend(const BlockCall& c, const BlockScratch& s, int64_t first, int64_t im
     vqvit_cpu_layernorm_quantize(
         c.x + first * c.tokens * c.row_bytes(), c.dtype, nullptr, c.dtype, nullptr, b.norm1_weight, b.norm1_bias, rows,
         b.width, b.eps1, 0, b.qkv_delta, nullptr, s.normalized, s.normalized_scale, nullptr, nullptr, c.threads);
+    const Layer qkv = {b.qkv, b.qkv_layout, b.qkv_scale, b.qkv_bias};
     project_qkv(
-        packed_gemm(s.normalized, s.normalized_scale, 0, b.qkv, b.qkv_scale, b.qkv_bias, rows, 3 * c.inner(), b.width),
-        s.qkv, c.threads);
+        gemm_of(qkv, s.normalized, s.normalized_scale, 0, rows, 3 * c.inner(), b.width), s.qkv, c.threads);
     const auto [q, k, v] = s.qkv.codes;
     const auto [q_scale, k_scale, v_scale] = s.qkv.scale;
     vqvit_cpu_int8_attention(
@@ -157,14 +164,18 @@ extern "C" int vqvit_cpu_int8_encoder_block(
     const vqvit_encoder_block& b = *block;
     if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (!known_activation(b.activation)) return VQVIT_UNKNOWN_ACTIVATION;
+    for (const int32_t layout : {b.qkv_layout, b.attn_out_layout, b.fc1_layout, b.fc2_layout}) {
+        if (!known_layout(layout)) return VQVIT_UNKNOWN_LAYOUT;
+    }
     const BlockCall c = {b, static_cast<const char*>(x), dtype, batch, tokens, leading_tokens, threads};
     if (c.rows() == 0) return VQVIT_OK;
     const BlockScratch s(c);
 
     // out = x + layer_scale1 ∘ attention(LN1(x)) attn_outᵀ
     for (int64_t i = 0; i < batch; i += s.images) attend(c, s, i, std::min(s.images, batch - i));
-    vqvit_gemm attn_out = packed_gemm(
-        s.codes, s.scale, b.attn_out_groups, b.attn_out, b.attn_out_scale, b.attn_out_bias, c.rows(), b.width, c.inner());
+    vqvit_gemm attn_out = gemm_of(
+        {b.attn_out, b.attn_out_layout, b.attn_out_scale, b.attn_out_bias}, s.codes, s.scale, b.attn_out_groups,
+        c.rows(), b.width, c.inner());
     attn_out.layer_scale = b.layer_scale1;
     attn_out.residual = residual_rows(c, out);
     attn_out.residual_dtype = dtype;
@@ -174,12 +185,14 @@ extern "C" int vqvit_cpu_int8_encoder_block(
     vqvit_cpu_layernorm_quantize(
         out, dtype, nullptr, dtype, nullptr, b.norm2_weight, b.norm2_bias, c.rows(), b.width, b.eps2, 0, b.fc1_delta,
         nullptr, s.codes, s.scale, nullptr, nullptr, threads);
-    vqvit_gemm fc1 = packed_gemm(s.codes, s.scale, 0, b.fc1, b.fc1_scale, b.fc1_bias, c.rows(), b.hidden, b.width);
+    vqvit_gemm fc1 = gemm_of(
+        {b.fc1, b.fc1_layout, b.fc1_scale, b.fc1_bias}, s.codes, s.scale, 0, c.rows(), b.hidden, b.width);
     fc1.activation = b.activation;
     vqvit_cpu_int8_linear_quantize(
         &fc1, nullptr, 1, b.fc2_groups, s.hidden, s.hidden_scale, nullptr, nullptr, threads);
-    vqvit_gemm fc2 = packed_gemm(
-        s.hidden, s.hidden_scale, b.fc2_groups, b.fc2, b.fc2_scale, b.fc2_bias, c.rows(), b.width, b.hidden);
+    vqvit_gemm fc2 = gemm_of(
+        {b.fc2, b.fc2_layout, b.fc2_scale, b.fc2_bias}, s.hidden, s.hidden_scale, b.fc2_groups, c.rows(), b.width,
+        b.hidden);
     fc2.layer_scale = b.layer_scale2;
     fc2.residual = out;
     fc2.residual_dtype = dtype;

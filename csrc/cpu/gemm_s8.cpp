@@ -6,6 +6,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "dot.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -31,8 +32,8 @@ int64_t waiting_row_bytes() {
     return bytes;
 }
 
-// Panels are prepared for so many tiles of rows or more: a pass over the weights, which fewer rows do not repay.
-constexpr int64_t kPreparedTiles = 4;
+// Panels become strips for so many tiles of rows or more: a pass over the weights, which fewer rows do not repay.
+constexpr int64_t kTilesForStrips = 4;
 
 // Between such rows: a cache line that keeps rows of widths that are powers of two out of each other's way.
 constexpr int64_t kRowGap = kLineBytes / int64_t{sizeof(float)};
@@ -87,7 +88,7 @@ struct PreparedRows {
             if (a == nullptr) return nullptr;
             if (as_they_are) return reinterpret_cast<const uint8_t*>(a + first * g.a_stride);
             void* prepared = scratch(slot, round_up(last - first, isa.tile_rows) * rows.stride);
-            isa.prepare_a(a, g.a_stride, g.k, first, last, t.prepared_panels != nullptr, prepared);
+            isa.prepare_a(a, g.a_stride, g.k, first, last, t.b.strips != nullptr, prepared);
             return static_cast<const uint8_t*>(prepared);
         };
         rows.a = rows_of(g.a, Slot::kA);
@@ -247,32 +248,31 @@ void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int thr
     parallel_for<PreparedRows>(images * tasks, macs(g), threads, task);
 }
 
-// Panels of (n, k) weights: b itself if packed, else packed now into `slot`.
-const int8_t* panels_of(const int8_t* b, bool packed, const vqvit_gemm& g, Slot slot, int threads) {
-    if (packed || b == nullptr) return b;
-    int8_t* panels = static_cast<int8_t*>(scratch(slot, ceil_div(g.n, kPanel) * panel_bytes(g.k)));
-    vqvit_cpu_pack_weight(b, g.n, g.k, panels, threads);
-    return panels;
-}
+int64_t panels_bytes(int64_t n, int64_t k) { return ceil_div(n, kPanel) * panel_bytes(k); }
 
-// Panels in the form that many rows are faster with, or NULL.
-const int8_t* prepared_panels_of(const int8_t* panels, const vqvit_gemm& g, int threads) {
+// Weights (n, k) in `layout` as panels or strips: themselves if tiles read them as they are, else packed now, panels into
+// `slot`, strips into `strips_slot`.
+PackedWeight packed_weight(
+    const int8_t* b, int layout, const vqvit_gemm& g, Slot slot, Slot strips_slot, int threads) {
     const Kernels& isa = kernels();
-    if (isa.prepare_panel == nullptr || g.m < kPreparedTiles * isa.tile_rows) return nullptr;
-    const int64_t count = ceil_div(g.n, kPanel), bytes = isa.prepared_panel_bytes(g.k);
-    int8_t* prepared = static_cast<int8_t*>(scratch(Slot::kPreparedPanels, count * bytes));
-    parallel_for<Stateless>(count, g.n * g.k, threads, [&](Stateless&, int64_t p) {
-        isa.prepare_panel(panels + p * panel_bytes(g.k), g.k, prepared + p * bytes);
-    });
-    return prepared;
+    const bool reads_strips = isa.pack_strips != nullptr;
+    if (layout == VQVIT_STRIPS && reads_strips) return {nullptr, b};
+    const int8_t* panels = b;
+    if (layout != VQVIT_PANELS) {
+        int8_t* packed = static_cast<int8_t*>(scratch(slot, panels_bytes(g.n, g.k)));
+        vqvit_cpu_reorder_weight(b, layout, g.n, g.k, packed, VQVIT_PANELS, threads);
+        panels = packed;
+    }
+    if (!reads_strips || g.m < kTilesForStrips * isa.tile_rows) return {panels, nullptr};
+    int8_t* strips = static_cast<int8_t*>(scratch(strips_slot, ceil_div(g.n, kPanel) * StripLayout(g.k).panel_bytes()));
+    vqvit_cpu_reorder_weight(panels, VQVIT_PANELS, g.n, g.k, strips, VQVIT_STRIPS, threads);
+    return {nullptr, strips};
 }
 
 GemmTask gemm_task(const vqvit_gemm& g, Store store, void* out, int dtype, int threads, int terms = 0) {
     GemmTask t = {};
     t.gemm = g;
-    t.panels = panels_of(g.b, g.b_packed != 0, g, Slot::kPanels, threads);
-    // Codes of remainders are spread evenly, and their sums are not small.
-    if (terms == 0) t.prepared_panels = prepared_panels_of(t.panels, g, threads);
+    t.b = packed_weight(g.b, g.b_layout, g, Slot::kPanels, Slot::kStrips, threads);
     t.terms = terms;
     t.store = store;
     t.out = out;
@@ -294,24 +294,43 @@ using namespace vqvit;
 
 extern "C" {
 
-int vqvit_cpu_pack_weight(const int8_t* b, int64_t n, int64_t k, int8_t* packed, int threads) {
+int vqvit_cpu_weight_layout(void) { return kernels().pack_strips != nullptr ? VQVIT_STRIPS : VQVIT_PANELS; }
+
+int vqvit_cpu_reorder_weight(
+    const int8_t* b, int layout, int64_t n, int64_t k, int8_t* target, int target_layout, int threads) {
+    if (!known_layout(layout) || !known_layout(target_layout)) return VQVIT_UNKNOWN_LAYOUT;
     const Kernels& isa = kernels();
+    const int64_t bytes[] = {kPanel * k, panel_bytes(k), StripLayout(k).panel_bytes()};  // of 64 rows of b
     parallel_for<Stateless>(ceil_div(n, kPanel), n * k, threads, [&](Stateless&, int64_t p) {
         const int64_t columns = std::min<int64_t>(kPanel, n - p * kPanel);
-        isa.pack_panel(b + p * kPanel * k, k, columns, k, packed + p * panel_bytes(k));
-    });
-    return VQVIT_OK;
-}
-
-int vqvit_cpu_unpack_weight(const int8_t* packed, int64_t n, int64_t k, int8_t* b, int threads) {
-    parallel_for<Stateless>(n, n * k, threads, [&](Stateless&, int64_t row) {
-        const int8_t* source = packed + row / kPanel * panel_bytes(k) + row % kPanel * kKGroup;
-        for (int64_t i = 0; i < k; ++i) b[row * k + i] = source[i / kKGroup * kGroupBytes + i % kKGroup];
+        const int8_t* source = b + p * bytes[layout];
+        int8_t* result = target + p * bytes[target_layout];
+        if (layout == target_layout) {
+            std::memcpy(result, source, static_cast<size_t>(layout == VQVIT_ROWS ? columns * k : bytes[layout]));
+            return;
+        }
+        // By way of a panel
+        const auto between = [&] { return static_cast<int8_t*>(scratch(Slot::kPanel, panel_bytes(k))); };
+        const int8_t* panel = source;
+        if (layout != VQVIT_PANELS) {
+            int8_t* packed = target_layout == VQVIT_PANELS ? result : between();
+            if (layout == VQVIT_ROWS) {
+                isa.pack_panel(source, k, columns, k, packed);
+            } else {
+                unpack_strips(source, k, packed);
+            }
+            panel = packed;
+        }
+        if (target_layout == VQVIT_ROWS) unpack_panel(panel, columns, k, result);
+        if (target_layout == VQVIT_STRIPS) {
+            (isa.pack_strips != nullptr ? isa.pack_strips : pack_strips_portable)(panel, k, result);
+        }
     });
     return VQVIT_OK;
 }
 
 int vqvit_cpu_int8_mm(const vqvit_gemm* gemm, int32_t* acc, int threads) {
+    if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     run_gemm(kernels(), gemm_task(*gemm, Store::kInt32, acc, VQVIT_F32, threads), threads);
     return VQVIT_OK;
 }
@@ -319,6 +338,7 @@ int vqvit_cpu_int8_mm(const vqvit_gemm* gemm, int32_t* acc, int threads) {
 int vqvit_cpu_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, int threads) {
     if (!known_dtype(dtype) || !known_dtype(gemm->residual_dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (!known_activation(gemm->activation)) return VQVIT_UNKNOWN_ACTIVATION;
+    if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     run_gemm(kernels(), gemm_task(*gemm, Store::kFloat, y, dtype, threads), threads);
     return VQVIT_OK;
 }
@@ -328,6 +348,7 @@ int vqvit_cpu_int8_linear_quantize(
     int32_t* zero_point, int32_t* row_sum, int threads) {
     const vqvit_gemm& g = *gemm;
     if (!known_activation(g.activation)) return VQVIT_UNKNOWN_ACTIVATION;
+    if (!known_layout(g.b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     if (g.m == 0) return VQVIT_OK;
     const Kernels& isa = kernels();
     if (per_group != 0) {
@@ -363,6 +384,7 @@ int vqvit_cpu_int8_linear_quantize(
 int vqvit_cpu_int8_linear_qkv(
     const vqvit_gemm* gemm, int64_t tokens, int64_t heads, int8_t* q, int8_t* k, int8_t* v, float* q_scale,
     float* k_scale, float* v_scale, int threads) {
+    if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     project_qkv(*gemm, {tokens, tokens, heads, gemm->n / (3 * heads), {q, k, v}, {q_scale, k_scale, v_scale}}, threads);
     return VQVIT_OK;
 }
@@ -372,13 +394,15 @@ int vqvit_cpu_int8_linear_compensated(
     float second_order, void* y, int dtype, int threads) {
     if (!known_dtype(dtype) || !known_dtype(gemm->residual_dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (!known_activation(gemm->activation)) return VQVIT_UNKNOWN_ACTIVATION;
+    if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     if (terms < 0 || terms > 7) return VQVIT_UNKNOWN_MODE;
     GemmTask t = gemm_task(*gemm, Store::kFloat, y, dtype, threads, terms);
     t.first_order = first_order;
     t.second_order = second_order;
     if ((terms & (1 | 4)) != 0) t.a_residual = a_residual;
     if ((terms & (2 | 4)) != 0) {
-        t.residual_panels = panels_of(b_residual, gemm->b_packed != 0, *gemm, Slot::kResidualPanels, threads);
+        t.b_residual = packed_weight(
+            b_residual, gemm->b_layout, *gemm, Slot::kResidualPanels, Slot::kResidualStrips, threads);
     }
     run_gemm(kernels(), t, threads);
     return VQVIT_OK;

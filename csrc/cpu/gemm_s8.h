@@ -15,7 +15,7 @@ namespace {
 template <class Dot>
 inline void multiply_tile(
     int64_t k, int rows, const uint8_t* a, int64_t a_stride, const PanelGroups& b, int32_t* out) {
-    if constexpr (Dot::kPreparesPanels) {
+    if constexpr (Dot::kReadsStrips) {
         Dot::gemm_tile(rows, a, k, b, out);
     } else {
         Dot::tile(
@@ -83,13 +83,13 @@ void add_groups(
 
 template <class V, class Dot>
 void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, const TileRows& rows) {
-    const int64_t k = t.gemm.k, groups = ceil_div(k, kKGroup), offset = panel * panel_bytes(k);
+    const int64_t k = t.gemm.k, groups = ceil_div(k, kKGroup);
     constexpr int64_t kTile = int64_t{Dot::kRows} * kPanel;
     PanelColumns columns;
     load_columns(t.gemm, panel, columns);
 
     // Products in the order a b, R_a b, a R_b, R_a R_b: the first always, the others as `terms` says.
-    const int8_t* right[4] = {t.panels, t.panels, t.residual_panels, t.residual_panels};
+    const PackedWeight* right[4] = {&t.b, &t.b, &t.b_residual, &t.b_residual};
     const int wanted = 1 | t.terms << 1;
     alignas(64) int32_t products[4 * kTile];
     alignas(64) float sums[kTile];
@@ -97,20 +97,18 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
     const bool grouped = t.gemm.a_groups != 0, whole = is_whole(t, columns);
     const bool plain = whole && t.store == Store::kFloat, direct = whole && finishes_in_registers(t);
 
-    const int8_t* prepared = nullptr;
-    if constexpr (Dot::kPreparesPanels) {
-        if (t.prepared_panels != nullptr) prepared = t.prepared_panels + panel * Dot::panel_bytes(k);
-    }
     // The panel as the i-th of `right` has it, for the tile-th tile. The next panel goes to L2, a part with each tile: at
     // batch 1 it comes from memory.
     constexpr int64_t kParts = kGroupBytes / kLineBytes;
     const bool more = panel + 1 < ceil_div(t.gemm.n, kPanel);
     const auto groups_of = [&](int i, int64_t tile) -> PanelGroups {
-        const int8_t* b = right[i] + offset;
-        const int8_t* ahead = more ? b + panel_bytes(k) + tile % kParts * groups * kLineBytes : nullptr;
-        return {b, prepared, 0, groups, column_sums(b, groups), ahead};
+        const bool in_strips = Dot::kReadsStrips && right[i]->strips != nullptr;
+        const int64_t bytes = in_strips ? StripLayout(k).panel_bytes() : panel_bytes(k);
+        const int8_t* b = (in_strips ? right[i]->strips : right[i]->panels) + panel * bytes;
+        const int8_t* ahead = more ? b + bytes + tile % kParts * groups * kLineBytes : nullptr;
+        return {b, in_strips, 0, groups, in_strips ? nullptr : column_sums(b, groups), ahead};
     };
-    const int32_t* group_sums = grouped ? group_column_sums<Dot>(t.panels + offset, k) : nullptr;
+    const int32_t* group_sums = grouped ? group_column_sums<Dot>(groups_of(0, 0).panel, k) : nullptr;
 
     TileRows at = rows;
     for (int64_t m = first; m < last; m += Dot::kRows, at.a += Dot::kRows * at.stride) {
@@ -151,7 +149,7 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
 
 template <class Dot>
 int64_t row_bytes(int64_t k) {
-    if constexpr (Dot::kPreparesPanels) {
+    if constexpr (Dot::kReadsStrips) {
         return Dot::row_bytes(k);
     } else {
         return ceil_div(k, kKGroup) * Dot::kGroupBytes;
@@ -160,32 +158,28 @@ int64_t row_bytes(int64_t k) {
 
 template <class Dot>
 void prepare_a(
-    const int8_t* a, int64_t a_stride, int64_t k, int64_t first, int64_t last, [[maybe_unused]] bool for_prepared,
+    const int8_t* a, int64_t a_stride, int64_t k, int64_t first, int64_t last, [[maybe_unused]] bool for_strips,
     void* prepared) {
     const int64_t stride = row_bytes<Dot>(k);
     uint8_t* target = static_cast<uint8_t*>(prepared);
-    if constexpr (Dot::kPreparesPanels) {
+    if constexpr (Dot::kReadsStrips) {
         for (int64_t m = first; m < last; m += Dot::kRows, target += Dot::kRows * stride) {
             const int rows = static_cast<int>(smaller(last - m, Dot::kRows));
-            Dot::prepare_rows(a + m * a_stride, a_stride, rows, k, for_prepared, target);
+            Dot::prepare_rows(a + m * a_stride, a_stride, rows, k, for_strips, target);
         }
     } else {
         for (int64_t m = first; m < last; ++m, target += stride) Dot::prepare(a + m * a_stride, k, target);
     }
 }
 
-// How an instruction set prepares panels, if it does.
-struct PanelPreparation {
-    int64_t (*bytes)(int64_t k) = nullptr;
-    void (*prepare)(const int8_t* panel, int64_t k, int8_t* prepared) = nullptr;
-};
+using StripPacking = void (*)(const int8_t* panel, int64_t k, int8_t* strips);
 
 template <class Dot>
-constexpr PanelPreparation panel_preparation() {
-    if constexpr (Dot::kPreparesPanels) {
-        return {Dot::panel_bytes, Dot::prepare_panel};
+constexpr StripPacking strip_packing() {
+    if constexpr (Dot::kReadsStrips) {
+        return Dot::pack_strips;
     } else {
-        return {};
+        return nullptr;
     }
 }
 

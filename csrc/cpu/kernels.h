@@ -26,6 +26,8 @@ inline bool known_dtype(int dtype) { return dtype >= VQVIT_F32 && dtype <= VQVIT
 
 inline bool known_activation(int activation) { return activation >= VQVIT_NONE && activation <= VQVIT_RELU; }
 
+inline bool known_layout(int layout) { return layout >= VQVIT_ROWS && layout <= VQVIT_STRIPS; }
+
 // How rows of codes come out of a quantizer.
 struct Codes {
     int8_t* codes;              // (rows, k)
@@ -92,13 +94,18 @@ struct Patchify {
 
 enum class Store { kInt32, kFloat, kStaticCodes, kRowCodes };
 
-// A GEMM whose weights are packed panels, and where its tiles go.
+// A weight as tiles read it: in panels, or where `Kernels::pack_strips` is not NULL in strips; the other is NULL.
+struct PackedWeight {
+    const int8_t* panels;
+    const int8_t* strips;
+};
+
+// A GEMM whose weights are packed, and where its tiles go.
 struct GemmTask {
     vqvit_gemm gemm;
-    const int8_t* panels;           // of b
-    const int8_t* prepared_panels;  // of b, by `Kernels::prepare_panel`, or NULL
-    const int8_t* a_residual;       // compensated only: second operands, or NULL
-    const int8_t* residual_panels;
+    PackedWeight b;
+    const int8_t* a_residual;  // compensated only: second operands, or NULL
+    PackedWeight b_residual;
     int terms;  // bit set of vqvit_cpu_int8_linear_compensated; 0: a plain GEMM
     float first_order, second_order;
     Store store;
@@ -178,13 +185,12 @@ struct Kernels {
 
     void (*pack_panel)(const int8_t* b, int64_t b_stride, int64_t columns, int64_t k, int8_t* panel);
     // Rows [first, last) of a, (·, k) with a_stride, as the tiles read them: row_bytes(k) for each row of whole tiles.
-    // `for_prepared`: the task has prepared panels.
+    // `for_strips`: of weights in strips.
     int64_t (*row_bytes)(int64_t k);
     void (*prepare_a)(
-        const int8_t* a, int64_t a_stride, int64_t k, int64_t first, int64_t last, bool for_prepared, void* prepared);
-    // A packed panel in a form that many rows are faster with, of prepared_panel_bytes(k); NULL: there is none.
-    int64_t (*prepared_panel_bytes)(int64_t k);
-    void (*prepare_panel)(const int8_t* panel, int64_t k, int8_t* prepared);
+        const int8_t* a, int64_t a_stride, int64_t k, int64_t first, int64_t last, bool for_strips, void* prepared);
+    // The strips (strips.h) of a panel, if GEMMs are faster with them, else NULL.
+    void (*pack_strips)(const int8_t* panel, int64_t k, int8_t* strips);
     // Rows [first, last) of one panel; `rows` starts at the first.
     void (*gemm_panel)(const GemmTask&, int64_t first, int64_t last, int64_t panel, const TileRows& rows);
 

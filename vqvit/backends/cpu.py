@@ -6,7 +6,7 @@ activations and residuals are read in their own dtype. The number of threads is 
 
 import torch
 
-from vqvit import native
+from vqvit import layouts, native
 from vqvit import numerics as nm
 from vqvit.backends.operands import (
     ACTIVATION,
@@ -21,7 +21,6 @@ from vqvit.backends.operands import (
     row_major,
 )
 from vqvit.native import run
-from vqvit.reference import K_GROUP, PANEL
 
 
 def unavailable() -> str | None:
@@ -241,7 +240,7 @@ def encoder_block(
 ):  # fmt: skip
     """struct vqvit_encoder_block, and the tensors that its pointers need alive."""
     width, head_dim, hidden = norm1_weight.shape[0], qkv_scale.shape[0] // (3 * num_heads), fc1_scale.shape[0]
-    codes = [b if b.dim() == 4 else pack_weight(b) for b in (qkv, attn_out, fc1, fc2)]
+    codes = [b.contiguous() for b in (qkv, attn_out, fc1, fc2)]
     floats = (
         norm1_weight, norm1_bias, norm2_weight, norm2_bias, qkv_scale, qkv_bias, attn_out_scale, attn_out_bias,
         layer_scale1, fc1_scale, fc1_bias, fc2_scale, fc2_bias, layer_scale2,
@@ -252,7 +251,7 @@ def encoder_block(
     ]  # fmt: skip
     block = native.EncoderBlock(
         *map(pointer, operands), width, num_heads, head_dim, hidden, eps1, eps2, sm_scale * nm.LOG2_E, qkv_delta,
-        attn_out_delta, fc1_delta, ACTIVATION[activation], attn_out_groups, fc2_groups,
+        attn_out_delta, fc1_delta, ACTIVATION[activation], *(layouts.CODES[b.dim()] for b in codes), attn_out_groups, fc2_groups,
     )  # fmt: skip
     return block, operands
 
@@ -270,19 +269,23 @@ def run_encoder_block(block, x, leading_tokens=None):
     return out
 
 
-def pack_weight(b):
-    n, k = b.shape
-    b = b.contiguous()
-    packed = b.new_empty((-(-n // PANEL), -(-k // K_GROUP) + 1, PANEL, K_GROUP))
-    run(native.cpu().vqvit_cpu_pack_weight, b.data_ptr(), n, k, packed.data_ptr(), torch.get_num_threads())
-    return packed
+def pack_weight(b, layout="panels"):
+    return _reordered(b, *b.shape, layout)
 
 
 def unpack_weight(packed, n, k):
-    packed = packed.contiguous()
-    b = packed.new_empty((n, k))
-    run(native.cpu().vqvit_cpu_unpack_weight, packed.data_ptr(), n, k, b.data_ptr(), torch.get_num_threads())
-    return b
+    return _reordered(packed, n, k, "rows")
+
+
+def _reordered(b, n, k, layout):
+    b = b.contiguous()
+    result = b.new_empty(layouts.shape_of(layout, n, k))
+    run(
+        native.cpu().vqvit_cpu_reorder_weight,
+        b.data_ptr(), layouts.CODES[b.dim()], n, k, result.data_ptr(), layouts.CODES[result.dim()],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return result
 
 
 def _empty_qkv(like, batch, heads, tokens, head_dim):

@@ -289,7 +289,7 @@ def _gemm(a, a_scale, b, b_scale, bias, layer_scale, residual, zero_points, acti
 
 def _plain(b, b_scale, a):
     """Weights (N, K), contiguous, from plain or packed ones."""
-    return unpack_weight(b, b_scale.shape[0], a.shape[1]) if b.dim() == 4 else b.contiguous()
+    return unpack_weight(b, b_scale.shape[0], a.shape[1]) if b.dim() > 2 else b.contiguous()
 
 
 def _attention(q, k, v, q_scale, k_scale, v_scale, sm_scale):

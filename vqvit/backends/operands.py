@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vqvit import native
+from vqvit import layouts, native
 from vqvit import numerics as nm
 from vqvit.reference import COMPENSATION_TERMS
 
@@ -58,5 +58,5 @@ def native_gemm(
     n = b.shape[0] if b_scale is None else b_scale.shape[0]
     sizes = (m, n, k, a.stride(0), 0 if residual is None else residual.stride(0))
     grouped = a_scale is not None and a_scale.dim() == 2
-    codes = (b.dim() == 4, grouped, ACTIVATION[activation], *(dtype_code(t) for t in (bias, layer_scale, residual)))
+    codes = (layouts.CODES[b.dim()], grouped, ACTIVATION[activation], *(dtype_code(t) for t in (bias, layer_scale, residual)))
     return native.Gemm(*map(pointer, operands), *sizes, *codes), operands

@@ -50,7 +50,7 @@ def _kernels(family: str) -> ModuleType:
 
 
 def _unpacked(b, b_scale, a):
-    return unpack_weight(b, b_scale.shape[0], a.shape[1]) if b.dim() == 4 else b
+    return unpack_weight(b, b_scale.shape[0], a.shape[1]) if b.dim() > 2 else b
 
 
 def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=False):

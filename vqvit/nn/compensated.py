@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from vqvit import layouts, ops, reference
 from vqvit import numerics as nm
-from vqvit import ops, reference
 from vqvit.nn.linear import Codes, QuantLinear
 from vqvit.nn.patch_embed import cut_patches, hold_equalizer, unfactorized
 from vqvit.plan import LayerPlan
@@ -30,10 +30,10 @@ class CompensatedLinear(QuantLinear):
         """Codes alone do not tell what they left over."""
         return super().fuses_input and not self.reads_input
 
-    def pack_(self) -> None:
-        super().pack_()
+    def pack_(self, layout: str | None = None) -> None:
+        super().pack_(layout)
         if self.packed and self.residual is not None and self.residual.dim() == 2:
-            self.residual = ops.pack_weight(self.residual)
+            self.residual = ops.pack_weight(self.residual, layouts.of(self.codes))
 
     def unpack_(self) -> None:
         super().unpack_()

@@ -49,7 +49,7 @@ def _is_common(layer, activations: tuple[str, ...]) -> bool:
         return False
     plan = layer.plan
     plain = plan.activation in activations and plan.tier == "int8" and plan.compensation == "none"
-    return plain and layer._buffers["codes"].dim() == 4  # packed
+    return plain and layer._buffers["codes"].dim() > 2  # packed
 
 
 def run_in_one_call(block, x: Tensor, leading_tokens: int | None = None) -> Tensor:

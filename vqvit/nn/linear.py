@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vqvit import backends, families, low_bit, ops
+from vqvit import backends, families, layouts, low_bit, native, ops
 from vqvit import numerics as nm
 from vqvit.nn.module import QuantModule
 from vqvit.plan import LayerPlan
@@ -59,17 +59,23 @@ class QuantLinear(QuantModule):
 
     @property
     def packed(self) -> bool:
-        return self.codes.dim() == 4
+        return self.codes.dim() > 2
 
     @property
     def fuses_input(self) -> bool:
         """Whether the producer of the input may hand over codes: not while an observer wants to see floats."""
         return self.observer is None
 
-    def pack_(self) -> None:
-        """Lay the weights out for the CPU kernels, where those run."""
-        if not self.packed and self.codes.device.type == "cpu" and backends.unavailable("cpu") is None:
-            self.codes = ops.pack_weight(self.codes)
+    def pack_(self, layout: str | None = None) -> None:
+        """Lay the weights out for the CPU kernels, where those run: as `layout` says (`ops.pack_weight`), or as they are
+        fastest with.
+        """
+        if self.codes.device.type != "cpu" or backends.unavailable("cpu") is not None:
+            return
+        wanted = layout or native.cpu_weight_layout()
+        if layouts.of(self.codes) != wanted:
+            self.unpack_()
+            self.codes = ops.pack_weight(self.codes, wanted)
 
     def unpack_(self) -> None:
         if self.packed:

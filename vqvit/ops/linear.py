@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from vqvit import layouts
 from vqvit import validation as va
 from vqvit.numerics import group_count
-from vqvit.reference import COMPENSATION_TERMS, K_GROUP, PANEL
+from vqvit.reference import COMPENSATION_TERMS
 from vqvit.registry import empty_fp32, empty_int8, empty_int32, empty_sums, op
 
 
@@ -186,22 +187,27 @@ def int8_linear_compensated(
     )
 
 
-@op("pack_weight(Tensor b) -> Tensor")
-def _(b):
+@op("pack_weight(Tensor b, str layout='panels') -> Tensor")
+def _(b, layout="panels"):
     va.check_tensor("pack_weight", "b", b, torch.int8, (None, None))
     va.check(b.numel() > 0, "pack_weight", "at least one weight", tuple(b.shape))
-    return lambda: empty_int8(b, -(-b.shape[0] // PANEL), -(-b.shape[1] // K_GROUP) + 1, PANEL, K_GROUP)
+    va.check(layout in layouts.PACKED, "pack_weight", f"layout in {layouts.PACKED}", repr(layout))
+    return lambda: empty_int8(b, *layouts.shape_of(layout, *b.shape))
 
 
-def pack_weight(b: Tensor) -> Tensor:
-    """Weights (N, K) int8 in the panel layout that CPU kernels read (see `vqvit.reference.pack_weight`)."""
-    return torch.ops.vqvit.pack_weight(b)
+def pack_weight(b: Tensor, layout: str = "panels") -> Tensor:
+    """Weights (N, K) int8 as CPU kernels read them.
+
+    Args: layout: "panels" or "strips" (`vqvit.layouts`); `vqvit.native.cpu_weight_layout()` is the fastest here. Ops take
+    either.
+    """
+    return torch.ops.vqvit.pack_weight(b, layout)
 
 
 @op("unpack_weight(Tensor packed, int n, int k) -> Tensor")
 def _(packed, n, k):
-    shape = (-(-n // PANEL), -(-k // K_GROUP) + 1, PANEL, K_GROUP)
-    va.check_tensor("unpack_weight", "packed", packed, torch.int8, shape)
+    va.check(packed.dim() in (3, 4), "unpack_weight", "packed of 3 (strips) or 4 dimensions (panels)", packed.dim())
+    va.check_codes("unpack_weight", "weight", packed, n, k, packed)
     return lambda: empty_int8(packed, n, k)
 
 

@@ -1,7 +1,7 @@
 """The vqvit ops on NumPy arrays: the same kernels, and so the same bits, as `torch.ops.vqvit` on a CPU.
 
 Each takes the arguments of its schema, defaults included, and a number of threads. Every array is contiguous when it
-comes here; weights are packed panels.
+comes here; weights are packed.
 """
 
 import ctypes
@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from vqvit import native
+from vqvit import layouts, native
 
 LOG2_E = math.log2(math.e)
 GROUP = 128
@@ -35,8 +35,18 @@ def _gemm(a, a_scale, b, b_scale, bias, activation, layer_scale=None, residual=N
     operands = (a, b, a_scale, b_scale, bias, layer_scale, residual, *zeros)
     sizes = (m, n, k, k, 0 if residual is None else n)
     return native.Gemm(
-        *map(_address, operands), *sizes, 1, a_scale.ndim == 2, ACTIVATIONS.index(activation), *[FP32] * 3
+        *map(_address, operands), *sizes, layouts.CODES[b.ndim], a_scale.ndim == 2, ACTIVATIONS.index(activation), *[FP32] * 3
     )
+
+
+def strips_of(panels: np.ndarray, target: np.ndarray, threads: int) -> None:
+    """Write a weight's panels to `target` as strips; what pads the panels counts as weights."""
+    n, k = panels.shape[0] * layouts.PANEL, (panels.shape[1] - 1) * layouts.K_GROUP
+    codes = (layouts.CODES[array.ndim] for array in (panels, target))
+    native.run(
+        native.cpu().vqvit_cpu_reorder_weight,
+        _address(panels), next(codes), n, k, _address(target), next(codes), threads,
+    )  # fmt: skip
 
 
 def quantize_per_token(threads, x, delta, equalizer, symmetric, row_sum):
@@ -209,7 +219,8 @@ def encoder_block(
     width, head_dim, hidden = norm1_weight.size, qkv_scale.size // (3 * num_heads), fc1_scale.size
     block = native.EncoderBlock(
         *map(_address, operands), width, num_heads, head_dim, hidden, eps1, eps2, sm_scale * LOG2_E, qkv_delta,
-        attn_out_delta, fc1_delta, ACTIVATIONS.index(activation), attn_out_groups, fc2_groups,
+        attn_out_delta, fc1_delta, ACTIVATIONS.index(activation),
+        *(layouts.CODES[b.ndim] for b in (qkv, attn_out, fc1, fc2)), attn_out_groups, fc2_groups,
     )  # fmt: skip
     return block, leading_tokens
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from vqvit import layouts, native
 from vqvit.serving import float_ops, int8_ops
 from vqvit.serving.program import BATCH, WEIGHTS, Input, Program, ProgramError, Step, read
 
@@ -35,7 +36,7 @@ class Session:
         self.threads = threads or usable_cpus()
         program = read(folder)
         self.inputs, self.outputs = program.inputs, program.outputs
-        self._weights = load_weights(Path(folder) / WEIGHTS)
+        self._weights = load_weights(Path(folder) / WEIGHTS, self.threads)
         self._actions = self._prepare(program)
 
     def __call__(self, *images: np.ndarray) -> dict[str, np.ndarray]:
@@ -128,16 +129,20 @@ def contiguous(value: object) -> object:
     return np.ascontiguousarray(value) if isinstance(value, np.ndarray) and value.ndim else value
 
 
-def load_weights(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file in one block of memory, each on a cache line of its own.
+def load_weights(path: Path, threads: int) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file in one block of memory, each on a cache line of its own; int8 weights, panels
+    in the file, as this machine's kernels are fastest with them.
 
     One large block also gets large pages where the system gives them.
     """
+    in_strips = native.cpu_weight_layout() == "strips"
     try:
         with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
             found = {name: file.get_slice(name) for name in names}
-            shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
+            stored = {name: tuple(part.get_shape()) for name, part in found.items()}
+            panels = {name for name, part in found.items() if part.get_dtype() == "I8" and len(stored[name]) == 4}
+            shapes = {name: strips_shape(shape) if in_strips and name in panels else shape for name, shape in stored.items()}
             dtypes = {name: DTYPES[part.get_dtype()] for name, part in found.items()}
             sizes = {name: int(np.prod(shapes[name])) * dtypes[name].itemsize for name in names}
             starts, total = {}, 0
@@ -149,10 +154,18 @@ def load_weights(path: Path) -> dict[str, np.ndarray]:
             for name in names:
                 start = offset + starts[name]
                 weights[name] = block[start : start + sizes[name]].view(dtypes[name]).reshape(shapes[name])
-                weights[name][...] = file.get_tensor(name)
+                if shapes[name] == stored[name]:
+                    weights[name][...] = file.get_tensor(name)
+                else:
+                    int8_ops.strips_of(file.get_tensor(name), weights[name], threads)
     except (SafetensorError, KeyError) as error:
         raise ProgramError(f"{path}: expected a safetensors file of int8, int32 and fp32; got: {error}") from error
     return weights
+
+
+def strips_shape(panels: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape in strips of a weight with this shape in panels."""
+    return layouts.shape_of("strips", panels[0] * layouts.PANEL, (panels[1] - 1) * layouts.K_GROUP)
 
 
 DTYPES = {"F32": np.dtype(np.float32), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}

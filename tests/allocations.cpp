@@ -38,10 +38,11 @@ int main(int argc, char** argv) {
     constexpr int64_t kBatch = 2, kTokens = 197, kWidth = 192, kHeads = 3, kHidden = 768;
     const std::vector<float> vector(kHidden, 0.01f);
     const std::vector<int8_t> weight(kHidden * kWidth, 3);
+    const int layout = vqvit_cpu_weight_layout();
     const auto packed = [&](int64_t n, int64_t k) {
-        std::vector<int8_t> panels((n + 63) / 64 * ((k + 3) / 4 + 1) * 64 * 4);
-        vqvit_cpu_pack_weight(weight.data(), n, k, panels.data(), threads);
-        return panels;
+        std::vector<int8_t> codes((n + 63) / 64 * 64 * (k + 64));  // enough for either layout
+        vqvit_cpu_reorder_weight(weight.data(), VQVIT_ROWS, n, k, codes.data(), layout, threads);
+        return codes;
     };
     const auto qkv = packed(3 * kWidth, kWidth), attn_out = packed(kWidth, kWidth);
     const auto fc1 = packed(kHidden, kWidth), fc2 = packed(kWidth, kHidden);
@@ -57,6 +58,7 @@ int main(int argc, char** argv) {
     block.attn_out = attn_out.data();
     block.fc1 = fc1.data();
     block.fc2 = fc2.data();
+    block.qkv_layout = block.attn_out_layout = block.fc1_layout = block.fc2_layout = layout;
     block.width = kWidth;
     block.heads = kHeads;
     block.head_dim = kWidth / kHeads;

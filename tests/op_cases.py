@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqvit import numerics as nm
 from vqvit import reference as ref
+from vqvit.layouts import PACKED
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -98,10 +99,14 @@ def linear(shape: tuple[int, int, int], *rest) -> tuple:
     return codes(m, k), scales(m), codes(n, k), scales(n), *rest
 
 
-def linear_full(shape: tuple[int, int, int], activation: str, dtype: torch.dtype, packed: bool = False) -> tuple:
+def laid_out(b: Tensor, layout: str) -> Tensor:
+    return b if layout == "rows" else ref.pack_weight(b, layout)
+
+
+def linear_full(shape: tuple[int, int, int], activation: str, dtype: torch.dtype, layout: str = "rows") -> tuple:
     m, _, n = shape
     a, a_scale, b, b_scale = linear(shape)
-    b = ref.pack_weight(b) if packed else b
+    b = laid_out(b, layout)
     floats = (normal(n, dtype=dtype), activation, normal(n, dtype=dtype), normal(m, n, dtype=dtype))
     return a, a_scale, b, b_scale, *floats, None, None, None, None, dtype
 
@@ -138,24 +143,24 @@ def strided_residual() -> tuple:
     return a.t().contiguous().t(), a_scale, b, b_scale, None, "none", None, normal(20, 9).t()
 
 
-def linear_quantize(shape, activation="gelu", static=False, symmetric=True, row_sum=False, packed=False) -> tuple:
+def linear_quantize(shape, activation="gelu", static=False, symmetric=True, row_sum=False, layout="rows") -> tuple:
     a, a_scale, b, b_scale = linear(shape)
-    b = ref.pack_weight(b) if packed else b
+    b = laid_out(b, layout)
     out_scale = torch.tensor(0.2) if static else None
     return a, a_scale, b, b_scale, normal(shape[2]), activation, *[None] * 4, out_scale, symmetric, row_sum
 
 
-def grouped(shape: tuple[int, int, int], *rest, packed: bool = False) -> tuple:
+def grouped(shape: tuple[int, int, int], *rest, layout: str = "rows") -> tuple:
     """Operands with a scale for each 128 columns of a."""
     m, k, _ = shape
     a, _, b, b_scale = linear(shape)
-    return a, scales(m, -(-k // nm.GROUP)), ref.pack_weight(b) if packed else b, b_scale, *rest
+    return a, scales(m, -(-k // nm.GROUP)), laid_out(b, layout), b_scale, *rest
 
 
-def grouped_full(shape: tuple[int, int, int], activation: str, dtype: torch.dtype, packed: bool = False) -> tuple:
+def grouped_full(shape: tuple[int, int, int], activation: str, dtype: torch.dtype, layout: str = "rows") -> tuple:
     m, _, n = shape
     floats = (normal(n, dtype=dtype), activation, normal(n, dtype=dtype), normal(m, n, dtype=dtype))
-    return *grouped(shape, *floats, packed=packed), None, None, None, None, dtype
+    return *grouped(shape, *floats, layout=layout), None, None, None, None, dtype
 
 
 def grouped_poisoned() -> tuple:
@@ -164,18 +169,17 @@ def grouped_poisoned() -> tuple:
     return a, a_scale, b, b_scale, normal(40), "gelu"
 
 
-def per_group(shape, activation="gelu", grouped_input=False, packed=False) -> tuple:
+def per_group(shape, activation="gelu", grouped_input=False, layout="rows") -> tuple:
     """`int8_linear_quantize` with a scale for each 128 columns of the result."""
-    operands = grouped(shape, packed=packed) if grouped_input else linear(shape)
-    if packed and not grouped_input:
-        operands = (*operands[:2], ref.pack_weight(operands[2]), *operands[3:])
+    a, a_scale, b, b_scale = grouped(shape) if grouped_input else linear(shape)
+    operands = a, a_scale, laid_out(b, layout), b_scale
     return *operands, normal(shape[2]), activation, *[None] * 4, None, True, False, True
 
 
-def qkv(tokens, images, k, heads, width, packed=False, zero=False, bias=True) -> tuple:
+def qkv(tokens, images, k, heads, width, layout="rows", zero=False, bias=True) -> tuple:
     shape = (images * tokens, k, 3 * heads * width)
     (a, a_scale, b, b_scale), zeros = zero_points(shape, zero, zero)
-    b = ref.pack_weight(b) if packed else b
+    b = laid_out(b, layout)
     return a, a_scale, b, b_scale, normal(shape[2]) if bias else None, tokens, heads, *zeros
 
 
@@ -195,15 +199,13 @@ def linear_quantize_poisoned(static: bool) -> tuple:
 
 def compensated(
     shape, mode: str, mu: float = 1.0, bias: bool = True, activation: str = "none", epilogue: bool = False,
-    packed: bool = False, weight_residual: bool = True, **options,
+    layout: str = "rows", weight_residual: bool = True, **options,
 ) -> tuple:  # fmt: skip
     m, k, n = shape
     x, w = normal(m, k), normal(n, k)
     (a, a_scale, _, _), (b, b_scale, _, _) = ref.quantize_per_token(x), ref.quantize_per_token(w)
     a_residual, b_residual = ref.quantize_residual(x, a, a_scale), ref.quantize_residual(w, b, b_scale)
-    if packed:
-        b, b_residual = ref.pack_weight(b), ref.pack_weight(b_residual)
-    b_residual = b_residual if weight_residual else None
+    b, b_residual = laid_out(b, layout), laid_out(b_residual, layout) if weight_residual else None
     operands = a, a_scale, a_residual, b, b_scale, b_residual, normal(n) if bias else None, mode, mu, activation
     return *operands, *((normal(n), normal(m, n, **options)) if epilogue else ())
 
@@ -217,15 +219,16 @@ def attention(batch, heads, queries, keys, width, poison: str | None = None) -> 
 
 
 def block(
-    batch, tokens, width, heads, head_dim, hidden, dtype=torch.float32, activation="gelu", packed=True, biases=True,
-    layer_scales=False, deltas=(0.0, 0.0, 0.0), poison=False, groups=(False, False), leading=None,
+    batch, tokens, width, heads, head_dim, hidden, dtype=torch.float32, activation="gelu",
+    layouts=("panels",) * 4, biases=True, layer_scales=False, deltas=(0.0, 0.0, 0.0), poison=False,
+    groups=(False, False), leading=None,
 ) -> tuple:  # fmt: skip
     """Operands of `int8_encoder_block` with weights of the size that keeps the stream near 1."""
 
-    def weight(n, k):
+    def weight(n, k, layout):
         b = codes(n, k)
         scale = (torch.rand(n) + 0.5) / (73 * k**0.5)
-        return ref.pack_weight(b) if packed else b, scale, (torch.randn(n) * 0.1).to(dtype) if biases else None
+        return laid_out(b, layout), scale, (torch.randn(n) * 0.1).to(dtype) if biases else None
 
     def norm():
         return (1 + torch.randn(width) * 0.1).to(dtype), (torch.randn(width) * 0.1).to(dtype), 1e-6
@@ -233,9 +236,8 @@ def block(
     x = normal(batch, tokens, width, dtype=dtype)
     if poison:
         x[0, tokens // 2, 0], x[-1, -1, -1] = torch.nan, torch.inf
-    weights = [weight(n, k) for n, k in (
-        (3 * heads * head_dim, width), (width, heads * head_dim), (hidden, width), (width, hidden),
-    )]  # fmt: skip
+    shapes = (3 * heads * head_dim, width), (width, heads * head_dim), (hidden, width), (width, hidden)
+    weights = [weight(*shape, layout) for shape, layout in zip(shapes, layouts, strict=True)]
     scale = [torch.rand(width) + 0.5 if layer_scales else None for _ in range(2)]
     operands = [operand for weight in weights for operand in weight]
     return x, heads, head_dim**-0.5, *norm(), *norm(), *operands, *scale, activation, *deltas, *groups, leading
@@ -319,7 +321,8 @@ CASES = {
             for name, dtype in FLOATS.items()
         },
         **{
-            f"packed_{name}": partial(linear_full, shape, "gelu", torch.float32, True)
+            f"{layout}_{name}": partial(linear_full, shape, "gelu", torch.float32, layout)
+            for layout in PACKED
             for name, shape in GEMM_SHAPES.items()
         },
         "a_zero": partial(linear_asymmetric, (9, 37, 70), True, False),
@@ -330,23 +333,29 @@ CASES = {
         "strided": strided_residual,
         **{f"grouped_{name}": partial(grouped, s) for name, s in GROUPED_SHAPES.items()},
         **{f"grouped_{name}": partial(grouped_full, (19, 300, 70), "gelu", dtype) for name, dtype in FLOATS.items()},
-        "grouped_packed": partial(grouped_full, (14, 260, 129), "gelu", torch.float32, True),
+        **{
+            f"grouped_{layout}": partial(grouped_full, (14, 260, 129), "gelu", torch.float32, layout)
+            for layout in PACKED
+        },
         "grouped_poisoned": grouped_poisoned,
     },
     "int8_linear_quantize": {
         **{f"per_token_{name}": partial(linear_quantize, s) for name, s in GEMM_SHAPES.items()},
         **{f"static_{name}": partial(linear_quantize, s, static=True) for name, s in GEMM_SHAPES.items()},
-        "packed": partial(linear_quantize, (19, 40, 70), packed=True, row_sum=True),
-        "packed_static": partial(linear_quantize, (19, 40, 70), packed=True, static=True),
+        **{layout: partial(linear_quantize, (19, 40, 70), layout=layout, row_sum=True) for layout in PACKED},
+        **{f"{layout}_static": partial(linear_quantize, (19, 40, 70), layout=layout, static=True) for layout in PACKED},
         "asymmetric_sums": partial(linear_quantize, (19, 40, 70), symmetric=False, row_sum=True),
         "quick_gelu_sums": partial(linear_quantize, (19, 40, 70), "quick_gelu", row_sum=True),
         "poisoned": partial(linear_quantize_poisoned, False),
         "poisoned_static": partial(linear_quantize_poisoned, True),
         **{f"per_group_{name}": partial(per_group, s) for name, s in GEMM_SHAPES.items()},
         "per_group_300": partial(per_group, (19, 40, 300), "none"),
-        "per_group_packed": partial(per_group, (19, 40, 300), packed=True),
+        **{f"per_group_{layout}": partial(per_group, (19, 40, 300), layout=layout) for layout in PACKED},
         "per_group_grouped": partial(per_group, (19, 300, 200), grouped_input=True),
-        "per_group_grouped_packed": partial(per_group, (19, 300, 200), "gelu_tanh", True, True),
+        **{
+            f"per_group_grouped_{layout}": partial(per_group, (19, 300, 200), "gelu_tanh", True, layout)
+            for layout in PACKED
+        },
         "per_group_poisoned": lambda: (*linear_quantize_poisoned(False), True, False, True),
         "per_token_grouped": lambda: (*grouped((9, 200, 70)), normal(70), "gelu"),
     },
@@ -357,8 +366,13 @@ CASES = {
     "int8_linear_compensated": {
         **{mode: partial(compensated, (13, 37, 70), mode) for mode in ref.COMPENSATION_TERMS},
         "197_full": partial(compensated, (197, 64, 65), "full"),
-        "packed": partial(compensated, (13, 37, 70), "full", packed=True),
-        "packed_activation": partial(compensated, (13, 37, 70), "activation", packed=True, weight_residual=False),
+        **{layout: partial(compensated, (13, 37, 70), "full", layout=layout) for layout in PACKED},
+        **{
+            f"{layout}_activation": partial(
+                compensated, (13, 37, 70), "activation", layout=layout, weight_residual=False
+            )
+            for layout in PACKED
+        },
         **{f"full_{name}": partial(compensated, (9, 70, 40), "full", 1.0, True, name) for name in nm.ACTIVATIONS},
         "residual": partial(compensated, (70, 64, 130), "weight", epilogue=True),
         "residual_bf16": partial(compensated, (9, 33, 20), "full", epilogue=True, dtype=torch.bfloat16),
@@ -381,7 +395,7 @@ CASES = {
         "two_images": partial(qkv, 17, 2, 130, 4, 32),
         "head_80": partial(qkv, 9, 2, 33, 2, 80),
         "odd_head": partial(qkv, 5, 1, 20, 3, 11, bias=False),
-        "packed": partial(qkv, 9, 3, 70, 2, 64, packed=True),
+        **{layout: partial(qkv, 9, 3, 70, 2, 64, layout=layout) for layout in PACKED},
         "zero_points": partial(qkv, 9, 3, 70, 1, 64, zero=True),
         "grouped": lambda: (*grouped((18, 200, 192)), normal(192), 9, 1),
         "one_token": partial(qkv, 1, 3, 40, 1, 128),
@@ -419,7 +433,9 @@ CASES = {
         "fp16_deltas": partial(block, 1, 9, 48, 2, 24, 100, torch.float16, deltas=(0.3, 0.5, 0.7)),
         "odd": partial(block, 2, 5, 33, 3, 11, 71, activation="silu", biases=False),
         "inner_width": partial(block, 1, 7, 40, 2, 80, 65, activation="quick_gelu"),
-        "plain_weights": partial(block, 1, 13, 64, 2, 32, 128, packed=False, activation="gelu_tanh"),
+        "rows": partial(block, 1, 13, 64, 2, 32, 128, layouts=("rows",) * 4, activation="gelu_tanh"),
+        "strips": partial(block, 2, 29, 64, 2, 64, 200, layouts=("strips",) * 4),
+        "layouts": partial(block, 1, 13, 64, 2, 32, 128, layouts=("strips", "panels", "rows", "strips"), leading=3),
         "no_activation": partial(block, 1, 13, 64, 2, 32, 128, activation="none"),
         "relu_poisoned": partial(block, 3, 9, 64, 2, 32, 128, activation="relu", poison=True),
         "groups": partial(block, 2, 11, 64, 3, 64, 260, groups=(True, True), layer_scales=True),
@@ -436,8 +452,14 @@ CASES = {
         "leading_all": partial(block, 2, 9, 64, 2, 32, 128, leading=9),
         "strided": lambda: (normal(9, 2, 64).transpose(0, 1), *block(2, 9, 64, 2, 32, 128)[1:]),
     },
-    "pack_weight": {name: lambda s=s: (codes(s[2], s[1]),) for name, s in GEMM_SHAPES.items()},
+    "pack_weight": {
+        f"{layout}_{name}": lambda s=s, layout=layout: (codes(s[2], s[1]), layout)
+        for layout in PACKED
+        for name, s in GEMM_SHAPES.items()
+    },
     "unpack_weight": {
-        name: lambda s=s: (ref.pack_weight(codes(s[2], s[1])), s[2], s[1]) for name, s in GEMM_SHAPES.items()
+        f"{layout}_{name}": lambda s=s, layout=layout: (ref.pack_weight(codes(s[2], s[1]), layout), s[2], s[1])
+        for layout in PACKED
+        for name, s in GEMM_SHAPES.items()
     },
 }

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from vqvit import layouts, reference
 from vqvit import numerics as nm
-from vqvit import reference
 from vqvit.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"cpu backend: {cpu.unavailable()}")
@@ -94,15 +94,18 @@ def test_quiet_rows_beside_loud_ones():
     a[12:18] = 0
     assert_same("int8_mm", a, b)
     assert_same("int8_mm", codes(50, 300), b)
-    operands = (a, torch.rand(50, nm.group_count(300)) * 0.01, reference.pack_weight(b), torch.rand(130) * 0.05)
-    assert_same("int8_linear", *operands, torch.randn(130), "gelu")
-    assert_same("int8_linear_quantize", *operands, torch.randn(130), "gelu", per_group=True)
+    for layout in layouts.PACKED:
+        weights = reference.pack_weight(b, layout)
+        operands = (a, torch.rand(50, nm.group_count(300)) * 0.01, weights, torch.rand(130) * 0.05)
+        assert_same("int8_linear", *operands, torch.randn(130), "gelu")
+        assert_same("int8_linear_quantize", *operands, torch.randn(130), "gelu", per_group=True)
 
 
+@pytest.mark.parametrize("layout", layouts.PACKED)
 @pytest.mark.parametrize("head_dim", [48, 64])
-def test_layers_of_normal_codes(head_dim):
+def test_layers_of_normal_codes(head_dim, layout):
     tokens, k, n = 29, 200, 3 * 2 * head_dim
-    a, weights = normal_codes(2 * tokens, k, 30), reference.pack_weight(normal_codes(n, k, 35))
+    a, weights = normal_codes(2 * tokens, k, 30), reference.pack_weight(normal_codes(n, k, 35), layout)
     args = (a, torch.rand(2 * tokens) * 0.01, weights, torch.rand(n) * 0.05, torch.randn(n))
     assert_same("int8_linear", *args, "none", torch.rand(n), torch.randn(2 * tokens, n))
     assert_same("int8_linear_qkv", *args, tokens, 2)
@@ -120,16 +123,28 @@ def test_rows_apart_and_transposed_operands():
 
 @pytest.mark.parametrize("n", [1, 64, 100, 192])
 @pytest.mark.parametrize("k", [3, 64, 130])
-def test_packing(n, k):
-    b = codes(n, k)
-    assert_same("pack_weight", b)
-    assert_same("unpack_weight", reference.pack_weight(b), n, k)
+@pytest.mark.parametrize("layout", layouts.PACKED)
+def test_packing(layout, n, k):
+    for b in (codes(n, k), normal_codes(n, k, 30), torch.full((n, k), -128, dtype=torch.int8)):
+        assert_same("pack_weight", b, layout)
+        assert_same("unpack_weight", reference.pack_weight(b, layout), n, k)
+
+
+@pytest.mark.parametrize("m", [1, 5, 24, 50])
+@pytest.mark.parametrize("layout", layouts.NAMES)
+def test_few_rows_and_many_on_every_layout(layout, m):
+    """Each instruction set reads one packed layout as it is and converts the other."""
+    for k in (16, 127, 300):
+        b = normal_codes(130, k, 35)
+        weights = b if layout == "rows" else reference.pack_weight(b, layout)
+        for a in (codes(m, k), normal_codes(m, k, 30)):
+            assert_same("int8_linear", a, torch.rand(m), weights, torch.rand(130))
 
 
 @pytest.mark.parametrize("activation", nm.ACTIVATIONS)
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("layout", layouts.NAMES)
 @pytest.mark.parametrize("n", [64, 100])
-def test_epilogues(n, packed, activation):
+def test_epilogues(n, layout, activation):
     m, k = 11, 37
     a, b = codes(m, k), codes(n, k)
     vectors = {"a_scale": torch.rand(m) * 0.01, "b_scale": torch.rand(n) * 0.05}
@@ -140,7 +155,7 @@ def test_epilogues(n, packed, activation):
         "b_sum": b.sum(-1, dtype=torch.int32),
     }
     one_zero = {key: zeros[key] for key in ("a_zero", "b_sum")}
-    weights = reference.pack_weight(b) if packed else b
+    weights = b if layout == "rows" else reference.pack_weight(b, layout)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for extras in (
             {},
@@ -171,8 +186,8 @@ def test_quantized_output_whichever_way_rows_are_shared_out(rows):
 @pytest.mark.parametrize("n", [1, 64, 65, 128, 129, 300])
 @pytest.mark.parametrize("k", [1, 127, 128, 129, 300])
 def test_scales_of_groups(n, k):
-    for m in (1, 6, 7, 41):
-        a, weights = codes(m, k), reference.pack_weight(codes(n, k))
+    for m, layout in ((1, "panels"), (6, "panels"), (7, "strips"), (41, "strips")):
+        a, weights = codes(m, k), reference.pack_weight(codes(n, k), layout)
         operands = (a, torch.rand(m, nm.group_count(k)) * 0.01, weights, torch.rand(n) * 0.05)
         operands[1][m // 2, -1] = torch.nan
         assert_same("int8_linear", *operands)

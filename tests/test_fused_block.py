@@ -167,7 +167,7 @@ def test_errors_name_the_operand():
     for tokens in (0, 5):
         with pytest.raises(ValueError, match=f"expected leading_tokens between 1 and 4; got {tokens}"):
             block_module.run_in_one_call(block, torch.randn(1, 4, 64), tokens)
-    with pytest.raises(ValueError, match=r"int8_encoder_block: expected packed qkv of shape .*; got"):
+    with pytest.raises(ValueError, match=r"int8_encoder_block: expected norm1_weight of shape \(60\); got \(64,\)"):
         block(torch.randn(1, 4, 60))
     grouped = vars(block.attn_out.plan) | {
         "activation": "per_token_group",
@@ -273,7 +273,7 @@ def test_whoever_watches_sees_the_op(warm):
 
 def test_inputs_are_checked_every_time(warm):
     for x, error, message in (
-        (torch.randn(1, 4, 60), ValueError, "expected packed qkv of shape"),
+        (torch.randn(1, 4, 60), ValueError, r"expected norm1_weight of shape \(60\)"),
         (torch.randn(4, 64), ValueError, r"expected x of shape \(\*, \*, \*\); got \(4, 64\)"),
         (torch.zeros(1, 4, 64, dtype=torch.float64), TypeError, "expected x of dtype float32 or"),
     ):

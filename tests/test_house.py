@@ -12,7 +12,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    {"numerics", "plan", "families", "batches", "report", "timing", "data", "runtime", "statistics", "files", "_build"},
+    {
+        "numerics",
+        "plan",
+        "families",
+        "batches",
+        "report",
+        "timing",
+        "data",
+        "runtime",
+        "statistics",
+        "files",
+        "_build",
+        "layouts",
+    },
     {"factorize", "reference", "evaluate", "validation", "native", "low_bit"},
     {"backends", "rounding", "serving"},
     {"registry"},

@@ -222,6 +222,17 @@ BAD_CALLS = {
         ValueError,
         r"expected packed b of shape \(1, 3, 64, 4\)",
     ),
+    "strips_shape": (
+        lambda: ops.int8_linear(I8, ONES4, torch.zeros(1, 4, 64, dtype=torch.int8), ONES4),
+        ValueError,
+        r"expected packed b of shape \(1, 4, 320\)",
+    ),
+    "layout": (
+        lambda: ops.pack_weight(I8, "columns"),
+        ValueError,
+        r"pack_weight: expected layout in \('panels', 'strips'\); got 'columns'",
+    ),
+    "unpacked": (lambda: ops.unpack_weight(I8, 4, 8), ValueError, "expected packed of 3 .* or 4 dimensions .*; got 2"),
     "static_asymmetric": (
         lambda: ops.int8_linear_quantize(I8, ONES4, I8, ONES4, out_scale=torch.tensor(1.0), symmetric=False),
         ValueError,
@@ -240,7 +251,7 @@ BAD_CALLS = {
     "one_packed": (
         lambda: ops.int8_linear_compensated(I8, ONES4, I8, ops.pack_weight(I8), ONES4, I8),
         ValueError,
-        "expected b_residual packed if b is",
+        "expected b_residual in the layout of b",
     ),
     "heads": (lambda: ops.quantize_qkv(torch.ones(1, 2, 10), 3), ValueError, "divisible by 3 · 3 heads; got 10"),
     "attention_width": (

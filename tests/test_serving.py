@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file
 from torch import nn
 from torch.nn import functional as F
 
 import vqvit
-from vqvit import cli
+from vqvit import cli, layouts, native
 from vqvit import numerics as nm
 from vqvit.backends import cpu, operands
+from vqvit.nn import QuantLinear
 from vqvit.plan import PlanError
 from vqvit.serving import ProgramError, Session, float_ops, int8_ops
 from vqvit.serving.program import PROGRAM, WEIGHTS, read
@@ -96,6 +98,31 @@ def test_every_configuration_that_serving_knows(configuration, tmp_path):
     model = quantized("vit", **CONFIGURATIONS[configuration])
     session = Session(vqvit.export(model, tmp_path / "out"), threads=1)
     assert_same(session, model, images(3))
+
+
+def test_files_hold_one_layout_and_sessions_the_fastest(tmp_path):
+    """Every instruction set gives the same bits from the same file, and from weights that another one laid out."""
+    pixels, outputs = images(3).numpy(), []
+    try:
+        for isa in cpu.available_isas():
+            cpu.set_isa(isa)
+            model, fastest = quantized("vit"), native.cpu_weight_layout()
+            layer = next(m for m in model.modules() if isinstance(m, QuantLinear))
+            assert layouts.of(layer.codes) == fastest
+            folder = vqvit.export(model, tmp_path / isa)
+            assert layouts.of(layer.codes) == fastest
+            weights = load_file(folder / WEIGHTS)
+            assert {layouts.of(array) for array in weights.values() if array.dtype == np.int8} == {"panels"}
+            torch.manual_seed(0)
+            session = Session(vqvit.export(quantized("vit"), tmp_path / f"{isa}_same"), threads=2)
+            held = {layouts.of(array) for array in session._weights.values() if array.dtype == np.int8}
+            assert held == {fastest}
+            for other in cpu.available_isas():
+                cpu.set_isa(other)
+                outputs.append(session(pixels)["logits"])
+    finally:
+        cpu.set_isa(None)
+    assert all(np.array_equal(output, outputs[0]) for output in outputs)
 
 
 def test_names_and_sizes_are_those_of_the_arithmetic():

@@ -251,7 +251,8 @@ def encoder_block(
     ]  # fmt: skip
     block = native.EncoderBlock(
         *map(pointer, operands), width, num_heads, head_dim, hidden, eps1, eps2, sm_scale * nm.LOG2_E, qkv_delta,
-        attn_out_delta, fc1_delta, ACTIVATION[activation], *(layouts.CODES[b.dim()] for b in codes), attn_out_groups, fc2_groups,
+        attn_out_delta, fc1_delta, ACTIVATION[activation], *(layouts.CODES[b.dim()] for b in codes), attn_out_groups,
+        fc2_groups,
     )  # fmt: skip
     return block, operands
 

@@ -58,5 +58,6 @@ def native_gemm(
     n = b.shape[0] if b_scale is None else b_scale.shape[0]
     sizes = (m, n, k, a.stride(0), 0 if residual is None else residual.stride(0))
     grouped = a_scale is not None and a_scale.dim() == 2
-    codes = (layouts.CODES[b.dim()], grouped, ACTIVATION[activation], *(dtype_code(t) for t in (bias, layer_scale, residual)))
-    return native.Gemm(*map(pointer, operands), *sizes, *codes), operands
+    codes = (layouts.CODES[b.dim()], grouped, ACTIVATION[activation])
+    dtypes = (dtype_code(t) for t in (bias, layer_scale, residual))
+    return native.Gemm(*map(pointer, operands), *sizes, *codes, *dtypes), operands

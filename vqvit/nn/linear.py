@@ -67,9 +67,7 @@ class QuantLinear(QuantModule):
         return self.observer is None
 
     def pack_(self, layout: str | None = None) -> None:
-        """Lay the weights out for the CPU kernels, where those run: as `layout` says (`ops.pack_weight`), or as they are
-        fastest with.
-        """
+        """Lay the weights out for the CPU kernels, where those run: in `layout` (`ops.pack_weight`), or the fastest."""
         if self.codes.device.type != "cpu" or backends.unavailable("cpu") is not None:
             return
         wanted = layout or native.cpu_weight_layout()

@@ -27,6 +27,15 @@ def _(
     _, tokens, width = x.shape
     va.check(1 <= width <= nm.NORM_K_MAX, name, f"between 1 and {nm.NORM_K_MAX} channels", width)
     va.check(1 <= tokens <= nm.MAX_KEYS, name, f"between 1 and {nm.MAX_KEYS} tokens (int32 sum of u16 codes)", tokens)
+    for vector, tensor in (
+        ("norm1_weight", norm1_weight),
+        ("norm1_bias", norm1_bias),
+        ("norm2_weight", norm2_weight),
+        ("norm2_bias", norm2_bias),
+        ("layer_scale1", layer_scale1),
+        ("layer_scale2", layer_scale2),
+    ):
+        va.check_optional(name, vector, tensor, va.FLOATS, (width,), x)
     projected = qkv_scale.numel()
     divisible = num_heads > 0 and projected > 0 and projected % (3 * num_heads) == 0
     va.check(divisible, name, f"rows of qkv divisible by 3 · {num_heads} heads", projected)
@@ -40,15 +49,6 @@ def _(
         ("fc2", fc2, fc2_scale, fc2_bias, width, hidden),
     ):
         va.check_weight(name, role, b, scale, bias, n, k, x)
-    for vector, tensor in (
-        ("norm1_weight", norm1_weight),
-        ("norm1_bias", norm1_bias),
-        ("norm2_weight", norm2_weight),
-        ("norm2_bias", norm2_bias),
-        ("layer_scale1", layer_scale1),
-        ("layer_scale2", layer_scale2),
-    ):
-        va.check_optional(name, vector, tensor, va.FLOATS, (width,), x)
     if attn_out_groups:
         va.check(attn_out_delta == 0.0, name, "attn_out_delta = 0 with attn_out_groups", attn_out_delta)
     va.check(activation in nm.ACTIVATIONS, name, f"activation in {nm.ACTIVATIONS}", repr(activation))

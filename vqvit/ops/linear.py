@@ -144,10 +144,8 @@ def _(
         va.check(codes is not None or not needed, name, f"{operand} for mode {mode!r}", "None")
     va.check_optional(name, "a_residual", a_residual, torch.int8, (m, k), a)
     if b_residual is not None:
-        alike = b_residual.dim() == b.dim()
-        va.check(
-            alike, name, "b_residual packed if b is, plain if b is", f"{b_residual.dim()} and {b.dim()} dimensions"
-        )
+        dimensions = b_residual.dim(), b.dim()
+        va.check(dimensions[0] == dimensions[1], name, "b_residual in the layout of b", f"{dimensions} dimensions")
         va.check_codes(name, "b_residual", b_residual, n, k, a)
     va.check_optional(name, "bias", bias, va.FLOATS, (n,), a)
     va.check_activation(name, activation)
@@ -198,8 +196,8 @@ def _(b, layout="panels"):
 def pack_weight(b: Tensor, layout: str = "panels") -> Tensor:
     """Weights (N, K) int8 as CPU kernels read them.
 
-    Args: layout: "panels" or "strips" (`vqvit.layouts`); `vqvit.native.cpu_weight_layout()` is the fastest here. Ops take
-    either.
+    Args: layout: "panels" or "strips" (`vqvit.layouts`). Ops take either; `vqvit.native.cpu_weight_layout()` is the
+    faster one here.
     """
     return torch.ops.vqvit.pack_weight(b, layout)
 

@@ -34,9 +34,8 @@ def _gemm(a, a_scale, b, b_scale, bias, activation, layer_scale=None, residual=N
     (m, k), n = a.shape, b_scale.shape[0]
     operands = (a, b, a_scale, b_scale, bias, layer_scale, residual, *zeros)
     sizes = (m, n, k, k, 0 if residual is None else n)
-    return native.Gemm(
-        *map(_address, operands), *sizes, layouts.CODES[b.ndim], a_scale.ndim == 2, ACTIVATIONS.index(activation), *[FP32] * 3
-    )
+    codes = (layouts.CODES[b.ndim], a_scale.ndim == 2, ACTIVATIONS.index(activation))
+    return native.Gemm(*map(_address, operands), *sizes, *codes, *[FP32] * 3)
 
 
 def strips_of(panels: np.ndarray, target: np.ndarray, threads: int) -> None:

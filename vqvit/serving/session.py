@@ -141,9 +141,11 @@ def load_weights(path: Path, threads: int) -> dict[str, np.ndarray]:
             names = list(file.keys())
             found = {name: file.get_slice(name) for name in names}
             stored = {name: tuple(part.get_shape()) for name, part in found.items()}
-            panels = {name for name, part in found.items() if part.get_dtype() == "I8" and len(stored[name]) == 4}
-            shapes = {name: strips_shape(shape) if in_strips and name in panels else shape for name, shape in stored.items()}
             dtypes = {name: DTYPES[part.get_dtype()] for name, part in found.items()}
+            shapes = dict(stored)
+            for name in names if in_strips else ():
+                if dtypes[name] == np.int8 and len(stored[name]) == 4:
+                    shapes[name] = strips_shape(stored[name])
             sizes = {name: int(np.prod(shapes[name])) * dtypes[name].itemsize for name in names}
             starts, total = {}, 0
             for name in names:

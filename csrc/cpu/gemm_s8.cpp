@@ -88,7 +88,7 @@ struct PreparedRows {
             if (a == nullptr) return nullptr;
             if (as_they_are) return reinterpret_cast<const uint8_t*>(a + first * g.a_stride);
             void* prepared = scratch(slot, round_up(last - first, isa.tile_rows) * rows.stride);
-            isa.prepare_a(a, g.a_stride, g.k, first, last, t.b.strips != nullptr, prepared);
+            isa.prepare_a(a, g.a_stride, g.k, first, last, t.weight.strips != nullptr, prepared);
             return static_cast<const uint8_t*>(prepared);
         };
         rows.a = rows_of(g.a, Slot::kA);
@@ -272,7 +272,7 @@ PackedWeight packed_weight(
 GemmTask gemm_task(const vqvit_gemm& g, Store store, void* out, int dtype, int threads, int terms = 0) {
     GemmTask t = {};
     t.gemm = g;
-    t.b = packed_weight(g.b, g.b_layout, g, Slot::kPanels, Slot::kStrips, threads);
+    t.weight = packed_weight(g.b, g.b_layout, g, Slot::kPanels, Slot::kStrips, threads);
     t.terms = terms;
     t.store = store;
     t.out = out;
@@ -401,7 +401,7 @@ int vqvit_cpu_int8_linear_compensated(
     t.second_order = second_order;
     if ((terms & (1 | 4)) != 0) t.a_residual = a_residual;
     if ((terms & (2 | 4)) != 0) {
-        t.b_residual = packed_weight(
+        t.weight_residual = packed_weight(
             b_residual, gemm->b_layout, *gemm, Slot::kResidualPanels, Slot::kResidualStrips, threads);
     }
     run_gemm(kernels(), t, threads);

@@ -89,7 +89,7 @@ void gemm_panel(const GemmTask& t, int64_t first, int64_t last, int64_t panel, c
     load_columns(t.gemm, panel, columns);
 
     // Products in the order a b, R_a b, a R_b, R_a R_b: the first always, the others as `terms` says.
-    const PackedWeight* right[4] = {&t.b, &t.b, &t.b_residual, &t.b_residual};
+    const PackedWeight* right[4] = {&t.weight, &t.weight, &t.weight_residual, &t.weight_residual};
     const int wanted = 1 | t.terms << 1;
     alignas(64) int32_t products[4 * kTile];
     alignas(64) float sums[kTile];

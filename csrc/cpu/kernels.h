@@ -103,9 +103,9 @@ struct PackedWeight {
 // A GEMM whose weights are packed, and where its tiles go.
 struct GemmTask {
     vqvit_gemm gemm;
-    PackedWeight b;
+    PackedWeight weight;       // gemm.b
     const int8_t* a_residual;  // compensated only: second operands, or NULL
-    PackedWeight b_residual;
+    PackedWeight weight_residual;
     int terms;  // bit set of vqvit_cpu_int8_linear_compensated; 0: a plain GEMM
     float first_order, second_order;
     Store store;

@@ -38,13 +38,11 @@ def _gemm(a, a_scale, b, b_scale, bias, activation, layer_scale=None, residual=N
     return native.Gemm(*map(_address, operands), *sizes, *codes, *[FP32] * 3)
 
 
-def strips_of(panels: np.ndarray, target: np.ndarray, threads: int) -> None:
-    """Write a weight's panels to `target` as strips; what pads the panels counts as weights."""
-    n, k = panels.shape[0] * layouts.PANEL, (panels.shape[1] - 1) * layouts.K_GROUP
-    codes = (layouts.CODES[array.ndim] for array in (panels, target))
+def reorder_weight(threads: int, weight: np.ndarray, n: int, k: int, target: np.ndarray) -> None:
+    """Write the (n, k) codes of `weight` to `target`, each in the layout of its shape (`vqvit.layouts`)."""
     native.run(
         native.cpu().vqvit_cpu_reorder_weight,
-        _address(panels), next(codes), n, k, _address(target), next(codes), threads,
+        _address(weight), layouts.CODES[weight.ndim], n, k, _address(target), layouts.CODES[target.ndim], threads,
     )  # fmt: skip
 
 

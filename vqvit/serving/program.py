@@ -2,8 +2,8 @@
 
 A program is a list of steps in single assignment: an operation, its arguments, and the names of its results. Arguments
 are plain JSON, but for objects of one key: {"value": name} of an input or an earlier result, {"weight": name} of a
-tensor in the file, {"number": "nan"} (JSON has no NaN), {"dtype": name}. int8 weights are stored in the panels that the
-kernels read (csrc/cpu/kernels.h), so that a process loads them with one copy.
+tensor in the file, {"number": "nan"} (JSON has no NaN), {"dtype": name}. int8 weights are stored in panels
+(`vqvit.layouts`), for every machine; where kernels are faster with strips, a process lays them out as it loads them.
 """
 
 import json

@@ -131,21 +131,16 @@ def contiguous(value: object) -> object:
 
 def load_weights(path: Path, threads: int) -> dict[str, np.ndarray]:
     """Every tensor of a safetensors file in one block of memory, each on a cache line of its own; int8 weights, panels
-    in the file, as this machine's kernels are fastest with them.
+    in the file, in the layout that this machine's kernels are fastest with.
 
     One large block also gets large pages where the system gives them.
     """
-    in_strips = native.cpu_weight_layout() == "strips"
     try:
         with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
             found = {name: file.get_slice(name) for name in names}
-            stored = {name: tuple(part.get_shape()) for name, part in found.items()}
             dtypes = {name: DTYPES[part.get_dtype()] for name, part in found.items()}
-            shapes = dict(stored)
-            for name in names if in_strips else ():
-                if dtypes[name] == np.int8 and len(stored[name]) == 4:
-                    shapes[name] = strips_shape(stored[name])
+            shapes = {name: loaded_shape(tuple(part.get_shape()), dtypes[name]) for name, part in found.items()}
             sizes = {name: int(np.prod(shapes[name])) * dtypes[name].itemsize for name in names}
             starts, total = {}, 0
             for name in names:
@@ -156,18 +151,27 @@ def load_weights(path: Path, threads: int) -> dict[str, np.ndarray]:
             for name in names:
                 start = offset + starts[name]
                 weights[name] = block[start : start + sizes[name]].view(dtypes[name]).reshape(shapes[name])
-                if shapes[name] == stored[name]:
-                    weights[name][...] = file.get_tensor(name)
+                stored = file.get_tensor(name)
+                if stored.shape == shapes[name]:
+                    weights[name][...] = stored
                 else:
-                    int8_ops.strips_of(file.get_tensor(name), weights[name], threads)
+                    int8_ops.reorder_weight(threads, stored, *padded_size(stored.shape), weights[name])
     except (SafetensorError, KeyError) as error:
         raise ProgramError(f"{path}: expected a safetensors file of int8, int32 and fp32; got: {error}") from error
     return weights
 
 
-def strips_shape(panels: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape in strips of a weight with this shape in panels."""
-    return layouts.shape_of("strips", panels[0] * layouts.PANEL, (panels[1] - 1) * layouts.K_GROUP)
+def loaded_shape(stored: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """What a tensor with this shape in the file has in memory."""
+    in_panels = dtype == np.int8 and len(stored) == 4
+    if not in_panels or native.cpu_weight_layout() == "panels":
+        return stored
+    return layouts.shape_of("strips", *padded_size(stored))
+
+
+def padded_size(panels: tuple[int, ...]) -> tuple[int, int]:
+    """(N, K) of a weight with this shape in panels, what pads them included."""
+    return panels[0] * layouts.PANEL, (panels[1] - 1) * layouts.K_GROUP
 
 
 DTYPES = {"F32": np.dtype(np.float32), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}

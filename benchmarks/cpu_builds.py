@@ -4,12 +4,14 @@
     python benchmarks/cpu_builds.py HEAD --model EXPORTED
 
 Each build serves the same exported model, takes its turn in every round, and must give the same bits as the first,
-unless --difference allows a relative L2 difference, for changes of the numerical contract.
-Prints medians and ratios, and writes nothing: these are for deciding whether a change of a kernel stays.
+unless --difference allows a relative L2 difference, for changes of the numerical contract. Prints medians and ratios,
+and writes nothing: these are for deciding whether a change of a kernel stays. One Python calls all builds, so that
+revisions need this checkout's csrc/vqvit.h.
 """
 
 import argparse
 import io
+import re
 import subprocess
 import sys
 import tarfile
@@ -32,13 +34,21 @@ HERE = "checkout"
 
 
 def sources(revision: str, folder: Path) -> Path:
-    """csrc/ of a git revision, below `folder`. Raises `ValueError` if git does not know it."""
+    """csrc/ of a git revision, below `folder`. Raises `ValueError` if git does not know it, or its vqvit.h differs."""
     done = subprocess.run(["git", "-C", str(ROOT), "archive", revision, "csrc"], capture_output=True)
     if done.returncode != 0:
         raise ValueError(f"revision: expected one that git knows; got {revision!r}: {done.stderr.decode().strip()}")
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         archive.extractall(folder, filter="data")
-    return folder / "csrc"
+    csrc = folder / "csrc"
+    if declarations(csrc) != declarations(ROOT / "csrc"):
+        raise ValueError(f"revision: expected the interface of this checkout (csrc/vqvit.h); {revision} has another")
+    return csrc
+
+
+def declarations(csrc: Path) -> str:
+    """vqvit.h without its comments and layout."""
+    return " ".join(re.sub(r"/\*.*?\*/", " ", (csrc / "vqvit.h").read_text(), flags=re.DOTALL).split())
 
 
 def load(csrc: Path, path: Path):

@@ -36,6 +36,15 @@ def test_other_bits_are_not_timed(monkeypatch):
     assert len(cpu_builds.compare(builds, Server(monkeypatch), 2, seconds=0.0, allowed=0.1)) == 2
 
 
+def test_another_interface_is_refused(tmp_path, monkeypatch):
+    header = tmp_path / "vqvit.h"
+    header.write_text((cpu_builds.ROOT / "csrc" / "vqvit.h").read_text().replace("/* Hash", "/* The hash"))
+    assert cpu_builds.declarations(tmp_path) == cpu_builds.declarations(cpu_builds.ROOT / "csrc")
+    monkeypatch.setattr(cpu_builds, "declarations", str)
+    with pytest.raises(ValueError, match=r"expected the interface of this checkout .*; HEAD has another"):
+        cpu_builds.sources("HEAD", tmp_path)
+
+
 def test_a_revision_that_git_does_not_know(tmp_path):
     with pytest.raises(ValueError, match="expected one that git knows; got 'no-such-revision'"):
         cpu_builds.sources("no-such-revision", tmp_path)

@@ -285,7 +285,7 @@ def unpack_weight(packed, n, k):
     else:
         panels, groups = packed.shape[0], packed.shape[1] - 1
         body = packed[:, :groups].transpose(1, 2).reshape(panels * PANEL, groups * K_GROUP)
-    return body[:n, :k].flatten().view(n, k)
+    return body[:n, :k].clone(memory_format=torch.contiguous_format)
 
 
 def _unpacked(b: Tensor, k: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_cases import attention
+from op_arguments import attention
 
 from vqvit import backends, reference
 from vqvit.backends import cuda

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import CASES, block
+from op_arguments import block
+from op_cases import CASES
 
 from vqvit import _build, native, reference
 from vqvit.backends import cpu

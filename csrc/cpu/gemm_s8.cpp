@@ -248,8 +248,6 @@ void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int thr
     parallel_for<PreparedRows>(images * tasks, macs(g), threads, task);
 }
 
-int64_t panels_bytes(int64_t n, int64_t k) { return ceil_div(n, kPanel) * panel_bytes(k); }
-
 // Weights (n, k) in `layout` as panels or strips: themselves if tiles read them as they are, else packed now, panels into
 // `slot`, strips into `strips_slot`.
 PackedWeight packed_weight(
@@ -257,14 +255,15 @@ PackedWeight packed_weight(
     const Kernels& isa = kernels();
     const bool reads_strips = isa.pack_strips != nullptr;
     if (layout == VQVIT_STRIPS && reads_strips) return {nullptr, b};
+    const int64_t count = ceil_div(g.n, kPanel);
     const int8_t* panels = b;
     if (layout != VQVIT_PANELS) {
-        int8_t* packed = static_cast<int8_t*>(scratch(slot, panels_bytes(g.n, g.k)));
+        int8_t* packed = static_cast<int8_t*>(scratch(slot, count * panel_bytes(g.k)));
         vqvit_cpu_reorder_weight(b, layout, g.n, g.k, packed, VQVIT_PANELS, threads);
         panels = packed;
     }
     if (!reads_strips || g.m < kTilesForStrips * isa.tile_rows) return {panels, nullptr};
-    int8_t* strips = static_cast<int8_t*>(scratch(strips_slot, ceil_div(g.n, kPanel) * StripLayout(g.k).panel_bytes()));
+    int8_t* strips = static_cast<int8_t*>(scratch(strips_slot, count * StripLayout(g.k).panel_bytes()));
     vqvit_cpu_reorder_weight(panels, VQVIT_PANELS, g.n, g.k, strips, VQVIT_STRIPS, threads);
     return {nullptr, strips};
 }

@@ -2,8 +2,10 @@
 //
 // Grid: one block a multiprocessor, which walks tiles of 64 · MI rows and 128 columns. Warpgroup 0 fills a ring of
 // stages of 128 bytes of K; warpgroups 1 and 2 take turns: one multiplies its tile while the other finishes the one before, so
-// that an epilogue as long as the main loop (GELU and codes at K = 768) hides under it. Only the copies order the two:
-// the stages of a tile follow those of the tile before.
+// that an epilogue as long as the main loop (GELU and codes at K = 768) hides under it.
+// The stages of a tile follow those of the tile before, and a main loop begins when the one before has waited for its
+// last stage. A wait by parity tells a phase from the one before only, so a consumer that waited further ahead would
+// pass at the wrong fill: tests/test_ring_protocol.py shows it.
 // With group scales a stage is a group: its products land in one of two sets of registers, and while the next stage is
 // multiplied into the other one, they are promoted to fp32.
 // Shared memory: stages, swizzled over 128 bytes as wgmma reads them, and 8.5 KiB for each consumer warp's epilogue.
@@ -27,13 +29,15 @@ struct Ring {
     static constexpr int kStageBytes = (kRows + kColumns) * kStageK;
     static constexpr int kStages = MI == 1 ? 6 : 4;
     static constexpr int kStagingBytes = kConsumers * kConsumerWarps * Finish::kStagingBytes;
+    static constexpr int kBarriers = 2 * kStages + kConsumers;
     static constexpr int kSharedBytes =
-        kStages * kStageBytes + kStagingBytes + 2 * kStages * static_cast<int>(sizeof(SharedBarrier));
+        kStages * kStageBytes + kStagingBytes + kBarriers * static_cast<int>(sizeof(SharedBarrier));
 
     int8_t* stages = reinterpret_cast<int8_t*>(shared_memory());
     unsigned char* staging = shared_memory() + kStages * kStageBytes;
     SharedBarrier* full = reinterpret_cast<SharedBarrier*>(staging + kStagingBytes);
     SharedBarrier* empty = full + kStages;
+    SharedBarrier* turns = empty + kStages;  // of the consumers: a phase ends when the other has waited for its stages
 
     // Use number `use` of the ring, counted over all tiles of the block.
     VQVIT_DEVICE static int stage(int use) { return use % kStages; }
@@ -47,6 +51,7 @@ struct Ring {
                 barrier_init(full + s, 1);
                 barrier_init(empty + s, kConsumerWarps);
             }
+            for (int c = 0; c < kConsumers; ++c) barrier_init(turns + c, kConsumerWarps);
             barrier_init_done();
         }
         block_barrier();
@@ -63,6 +68,15 @@ struct Ring {
     // The calling warp no longer reads the stage of `use`.
     VQVIT_DEVICE void release(int use) const {
         if (lane_id() == 0) barrier_arrive(empty + stage(use));
+    }
+
+    // Tile number `turn` of the block: its consumer waits for the one before, and lets the one after begin.
+    VQVIT_DEVICE void begin_turn(int turn) const {
+        const int round = turn / kConsumers, first = turn % kConsumers == 0;  // nobody comes before tile 0
+        barrier_wait(turns + turn % kConsumers, (round + first) % 2);
+    }
+    VQVIT_DEVICE void end_turn(int turn) const {
+        if (lane_id() == 0) barrier_arrive(turns + (turn + 1) % kConsumers);
     }
 
     // Queue the products of a stage as one group.
@@ -96,14 +110,17 @@ VQVIT_DEVICE void finish_tile(Finish& finish, Acc (&acc)[MI][kColumns / 8][4], i
 
 // One scale a row: sums of the whole of K.
 template <int MI>
-VQVIT_DEVICE void plain_tile(const Ring<MI>& ring, Finish& finish, int64_t first_row, int first_use, int steps) {
+VQVIT_DEVICE void plain_tile(const Ring<MI>& ring, Finish& finish, int64_t first_row, int turn, int steps) {
+    const int first_use = turn * steps;
     int32_t acc[MI][kColumns / 8][4];
+    ring.begin_turn(turn);
     for (int step = 0; step < steps; ++step) {
         ring.multiply(first_use + step, acc, step > 0);
         if (step == 0) continue;
         wait_all<1>(acc);
         ring.release(first_use + step - 1);
     }
+    ring.end_turn(turn);
     wait_all<0>(acc);
     ring.release(first_use + steps - 1);
     finish_tile(finish, acc, first_row);
@@ -111,7 +128,8 @@ VQVIT_DEVICE void plain_tile(const Ring<MI>& ring, Finish& finish, int64_t first
 
 // A scale for each row and stage.
 VQVIT_DEVICE void grouped_tile(
-    const GemmTask& task, const Ring<1>& ring, Finish& finish, int64_t first_row, int first_use, int steps) {
+    const GemmTask& task, const Ring<1>& ring, Finish& finish, int64_t first_row, int turn, int steps) {
+    const int first_use = turn * steps;
     const int64_t groups = ceil_div(task.g.k, kGroup);
     const int64_t row = first_row + 16 * (thread_id() % kWarpgroup / kWarp) + lane_id() / 4;
     const auto scale_of = [&](int64_t m, int step) { return m < task.g.m ? task.g.a_scale[m * groups + step] : 0.0f; };
@@ -129,6 +147,7 @@ VQVIT_DEVICE void grouped_tile(
             }
         }
     };
+    ring.begin_turn(turn);
     ring.multiply(first_use, even, false);
     int step = 0;
     for (; step + 2 < steps; step += 2) {
@@ -141,11 +160,13 @@ VQVIT_DEVICE void grouped_tile(
     }
     if (step + 1 < steps) {
         ring.multiply(first_use + step + 1, odd, false);
+        ring.end_turn(turn);
         wait_all<1>(even);
         promote(even, step);
         wait_all<0>(odd);
         promote(odd, step + 1);
     } else {
+        ring.end_turn(turn);
         wait_all<0>(even);
         promote(even, step);
     }
@@ -191,9 +212,9 @@ wgmma_kernel(
         Finish finish(task, tile.column * kColumns, staging);
         const int64_t first_row = tile.row * Ring<MI>::kRows;
         if constexpr (Grouped) {
-            grouped_tile(task, ring, finish, first_row, turn * steps, steps);
+            grouped_tile(task, ring, finish, first_row, turn, steps);
         } else {
-            plain_tile<MI>(ring, finish, first_row, turn * steps, steps);
+            plain_tile<MI>(ring, finish, first_row, turn, steps);
         }
         turn += kConsumers;
     }
@@ -217,7 +238,8 @@ bool aligned_16(const int8_t* p) { return reinterpret_cast<uintptr_t>(p) % 16 ==
 
 bool takes_wgmma(const GemmTask& task) {
     const vqvit_gemm& g = task.g;
-    const bool boxes = g.k % 16 == 0 && g.a_stride % 16 == 0 && aligned_16(g.a) && aligned_16(g.b);
+    const bool rows = g.k > 0 && g.k % 16 == 0 && g.a_stride >= g.k && g.a_stride % 16 == 0;  // a row may be repeated
+    const bool boxes = rows && aligned_16(g.a) && aligned_16(g.b);
     // Fewer tiles than that leave multiprocessors idle, which the small tiles of mma.sync fill.
     return compute_capability() == 90 && boxes && ceil_div(g.m, 64) * ceil_div(g.n, kColumns) >= multiprocessors() / 2;
 }

@@ -55,8 +55,7 @@ struct ResidentLayout {
 
 // Steps: of 16 keys, at most. Dim: head_dim rounded up to whole chunks, or 0 if known at run time only.
 template <int Steps, int Dim, bool Codes>
-VQVIT_KERNEL(kBlockThreads, Steps <= 13 && Dim > 0 && !Codes ? 3 : 2)
-attention_resident_kernel(Attention t) {
+VQVIT_KERNEL(kBlockThreads, Steps <= 13 && Dim > 0 && !Codes ? 3 : 2, attention_resident_kernel, Attention t) {
     constexpr bool kOneInteger = Steps * kStep <= kOneIntegerKeys;
     const Place at = place<Codes>(t);
     const int dims = Dim > 0 ? Dim : static_cast<int>(round_up(t.head_dim, kChunk));
@@ -170,8 +169,7 @@ struct StreamingLayout {
 
 // Chunks: of output channels; of the head, or (Wide) of this block, whose y counts them.
 template <int Chunks, bool Wide, bool Codes>
-VQVIT_KERNEL(kBlockThreads, Chunks <= 2 && !Codes ? 3 : 2)
-attention_streaming_kernel(Attention t) {
+VQVIT_KERNEL(kBlockThreads, Chunks <= 2 && !Codes ? 3 : 2, attention_streaming_kernel, Attention t) {
     const Place at = place<Codes>(t);
     const StreamingLayout layout(t.head_dim, Chunks, Wide, Codes);
     unsigned char* shared = shared_memory();

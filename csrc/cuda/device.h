@@ -13,7 +13,7 @@
 #include <cuda_runtime.h>
 #define VQVIT_DEVICE __device__ __forceinline__
 #define VQVIT_HOST_DEVICE __host__ __device__ __forceinline__
-#define VQVIT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define VQVIT_KERNEL(threads, blocks, name, ...) __global__ void __launch_bounds__(threads, blocks) name(__VA_ARGS__)
 #define VQVIT_UNROLL _Pragma("unroll")
 #define VQVIT_NO_UNROLL _Pragma("unroll 1")
 #define VQVIT_PRAGMA(text) _Pragma(#text)
@@ -22,7 +22,7 @@
 #include "twin.h"
 #define VQVIT_DEVICE inline
 #define VQVIT_HOST_DEVICE inline
-#define VQVIT_KERNEL(threads, blocks) void
+#define VQVIT_KERNEL(threads, blocks, name, ...) void name(twin::Bounds<(threads), (blocks)>, __VA_ARGS__)
 #define VQVIT_UNROLL
 #define VQVIT_NO_UNROLL
 #define VQVIT_UNROLL_BY(n)
@@ -217,6 +217,7 @@ VQVIT_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
 }
 #else
 VQVIT_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+    twin::require_shared(row, 16, 16, "row of load_matrices");
     struct Argument {
         uint32_t* r;
         const unsigned char* row;
@@ -243,6 +244,7 @@ VQVIT_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 }
 #else
 VQVIT_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+    twin::require_shared(row, 16, 16, "row of load_matrices_transposed");
     struct Argument {
         uint32_t* r;
         const unsigned char* row;
@@ -393,10 +395,13 @@ int launch(void (*kernel)(P...), Dim3 grid, int threads, int shared_bytes, void*
 #else
 int twin_status(const char* error);
 
-template <class... P, class... A>
-int launch(void (*kernel)(P...), Dim3 grid, int threads, int shared_bytes, void*, A... arguments) {
+template <int Threads, int Blocks, class... P, class... A>
+int launch(
+    void (*kernel)(twin::Bounds<Threads, Blocks>, P...), Dim3 grid, int threads, int shared_bytes, void*,
+    A... arguments) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
     return twin_status(twin::run(
-        grid, threads, static_cast<size_t>(shared_bytes), [=] { kernel(arguments...); }));
+        grid, threads, Threads, static_cast<size_t>(shared_bytes), [=] { kernel({}, arguments...); }));
 }
 #endif
 

@@ -28,8 +28,7 @@ struct Tile {
 };
 
 template <int MI, int NJ, int Warps, int Stages, int Blocks>
-VQVIT_KERNEL(Warps* kWarp, Blocks)
-gemm_kernel(const GemmTask task) {
+VQVIT_KERNEL(Warps* kWarp, Blocks, gemm_kernel, const GemmTask task) {
     using T = Tile<MI, NJ, Warps, Stages>;
     const vqvit_gemm& g = task.g;
     auto* stages = reinterpret_cast<int8_t*>(shared_memory());
@@ -55,8 +54,7 @@ gemm_kernel(const GemmTask task) {
 
 // The same with a scale for each 128 columns of a row of a: int32 sums are promoted to fp32 after each of them.
 template <int NJ, int Warps, int Stages, int Blocks>
-VQVIT_KERNEL(Warps* kWarp, Blocks)
-grouped_gemm_kernel(const GemmTask task) {
+VQVIT_KERNEL(Warps* kWarp, Blocks, grouped_gemm_kernel, const GemmTask task) {
     using T = Tile<1, NJ, Warps, Stages>;
     const vqvit_gemm& g = task.g;
     auto* stages = reinterpret_cast<int8_t*>(shared_memory());
@@ -97,8 +95,7 @@ grouped_gemm_kernel(const GemmTask task) {
 }
 
 // Every row's scale is out_scale until a value of its row is not finite, and its sum of codes starts at 0.
-VQVIT_KERNEL(256, 1)
-start_rows_kernel(const float* out_scale, float* scale, int32_t* row_sum, int64_t rows) {
+VQVIT_KERNEL(256, 1, start_rows_kernel, const float* out_scale, float* scale, int32_t* row_sum, int64_t rows) {
     const int64_t row = block_x() * 256 + thread_id();
     if (row >= rows) return;
     scale[row] = *out_scale;

@@ -31,8 +31,7 @@ struct CompensatedTask {
     float first_order, second_order;
 };
 
-VQVIT_KERNEL(kThreads, 1)
-compensated_gemm_kernel(const CompensatedTask task) {
+VQVIT_KERNEL(kThreads, 1, compensated_gemm_kernel, const CompensatedTask task) {
     const vqvit_gemm& g = task.gemm.g;
     auto* stages = reinterpret_cast<int8_t*>(shared_memory());
     const TileIndex tile = tile_index(block_x(), ceil_div(g.m, kRows), ceil_div(g.n, kColumns));

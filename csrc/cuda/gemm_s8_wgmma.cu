@@ -180,9 +180,8 @@ VQVIT_DEVICE void grouped_tile(
 #endif
 
 template <int MI, bool Grouped>
-VQVIT_KERNEL(kThreads, 1)
-wgmma_kernel(
-    const VQVIT_GRID_CONSTANT TensorMap a_map, const VQVIT_GRID_CONSTANT TensorMap b_map,
+VQVIT_KERNEL(
+    kThreads, 1, wgmma_kernel, const VQVIT_GRID_CONSTANT TensorMap a_map, const VQVIT_GRID_CONSTANT TensorMap b_map,
     const VQVIT_GRID_CONSTANT GemmTask task) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     const Ring<MI> ring;

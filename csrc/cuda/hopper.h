@@ -1,5 +1,5 @@
 // What sm_90a adds to device.h: barriers in shared memory, bulk tensor copies (TMA) and warpgroup products (wgmma), on
-// a GPU or in the host's twin, where products are computed when they are waited for.
+// a GPU or in the host's twin.
 #pragma once
 
 #include "device.h"
@@ -47,14 +47,23 @@ VQVIT_DEVICE void barrier_wait(SharedBarrier* b, int parity) {
 }
 #else
 struct SharedBarrier {
-    uint8_t arrivals, pending, phase, unused;
+    uint8_t arrivals, pending, phase, state;
     int32_t bytes;
 };
+constexpr uint8_t kInitialised = 0x1b, kFenced = 0x2d;  // states; memory that nobody wrote has another one
 
-VQVIT_DEVICE void barrier_init(SharedBarrier* b, int arrivals) {
-    *b = {static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0, 0, 0};
+VQVIT_DEVICE void barrier_check(const SharedBarrier* b) {
+    twin::require_shared(b, sizeof *b, sizeof *b, "barrier");
+    twin::require(b->state == kInitialised || b->state == kFenced, "a barrier is used before it is initialised");
 }
-VQVIT_DEVICE void barrier_init_done() {}
+VQVIT_DEVICE void barrier_init(SharedBarrier* b, int arrivals) {
+    twin::require_shared(b, sizeof *b, sizeof *b, "barrier");
+    *b = {static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0, kInitialised, 0};
+    twin::note_initialised(b);
+}
+VQVIT_DEVICE void barrier_init_done() {
+    twin::fence_initialised([](void* b) { static_cast<SharedBarrier*>(b)->state = kFenced; });
+}
 VQVIT_DEVICE void barrier_settle(SharedBarrier* b) {
     if (b->pending > 0 || b->bytes > 0) return;
     b->pending = b->arrivals;
@@ -62,15 +71,20 @@ VQVIT_DEVICE void barrier_settle(SharedBarrier* b) {
     twin::note_event();
 }
 VQVIT_DEVICE void barrier_arrive(SharedBarrier* b) {
+    barrier_check(b);
+    twin::require(b->pending > 0, "a barrier gets more arrivals in a phase than it counts");
     --b->pending;
     barrier_settle(b);
+    twin::pause();
 }
 VQVIT_DEVICE void barrier_expect(SharedBarrier* b, int bytes) {
     b->bytes += bytes;
     barrier_arrive(b);
 }
 VQVIT_DEVICE void barrier_wait(SharedBarrier* b, int parity) {
+    barrier_check(b);
     while (b->phase == parity) twin::yield();
+    twin::pause();
 }
 #endif
 
@@ -106,17 +120,26 @@ VQVIT_DEVICE void prefetch(const TensorMap& map) {
 }
 #else
 VQVIT_DEVICE void copy_box(void* to, const TensorMap& from, int first_k, int first_row, SharedBarrier* b) {
-    for (int r = 0; r < from.box_rows; ++r) {
-        for (int k = 0; k < kSwizzleBytes; ++k) {
-            const int64_t row = first_row + r, column = first_k + k;
-            const bool inside = row < from.rows && column < from.k;
-            const int chunk = (k / 16) ^ (r % 8);
-            static_cast<int8_t*>(to)[r * kSwizzleBytes + chunk * 16 + k % 16] =
-                inside ? from.data[row * from.stride + column] : int8_t{0};
+    const int bytes = from.box_rows * kSwizzleBytes;
+    twin::require_shared(to, static_cast<size_t>(bytes), 1024, "target of a bulk copy");
+    barrier_check(b);
+    twin::require(b->state == kFenced, "a bulk copy uses a barrier whose initialisation nobody fenced");
+    twin::bulk_copy([=] {
+        for (int r = 0; r < from.box_rows; ++r) {
+            for (int chunk = 0; chunk < kSwizzleBytes / 16; ++chunk) {
+                int8_t row_bytes[16];
+                for (int i = 0; i < 16; ++i) {
+                    const int64_t row = int64_t{first_row} + r, column = int64_t{first_k} + 16 * chunk + i;
+                    const bool inside = row >= 0 && row < from.rows && column >= 0 && column < from.k;
+                    row_bytes[i] = inside ? from.data[row * from.stride + column] : int8_t{0};
+                }
+                twin::async_write(
+                    static_cast<int8_t*>(to) + r * kSwizzleBytes + (chunk ^ (r % 8)) * 16, row_bytes, 16);
+            }
         }
-    }
-    b->bytes -= from.box_rows * kSwizzleBytes;
-    barrier_settle(b);
+        b->bytes -= bytes;
+        barrier_settle(b);
+    });
 }
 VQVIT_DEVICE void prefetch(const TensorMap&) {}
 #endif
@@ -175,27 +198,45 @@ VQVIT_DEVICE void lower_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 #else
-VQVIT_DEVICE void wgmma_fence() {}
-VQVIT_DEVICE void wgmma_commit() { twin::commit_later(); }
+VQVIT_DEVICE void wgmma_fence() {
+    twin::warp_collective("wgmma_fence", nullptr, [](void* const*) {});
+    twin::fence_registers();
+}
+VQVIT_DEVICE void wgmma_commit() {
+    twin::warp_collective("wgmma_commit", nullptr, [](void* const*) {});
+    twin::commit_products();
+}
 template <int GroupsLeft, int N>
 VQVIT_DEVICE void wgmma_wait(int32_t (&)[N][4]) {
-    twin::run_later(GroupsLeft);
-    warp_barrier();  // the lanes of a warp come here together, or the first would release what the others still read
+    // The lanes of a warp come here together, or the first would release what the others still read.
+    twin::wait_products(GroupsLeft);
+    twin::warp_collective("wgmma_wait", nullptr, [](void* const*) {});
 }
 VQVIT_DEVICE void wgmma_s8(int32_t (&d)[kWgmmaColumns / 8][4], const void* a, const void* b, bool add) {
-    const auto byte = [](const void* operand, int row, int k) {
-        // The hardware swizzles addresses: bits 4 to 6 are crossed with bits 7 to 9.
-        const auto address = reinterpret_cast<uintptr_t>(operand) + static_cast<uintptr_t>(row * kSwizzleBytes + k);
-        return int32_t{*reinterpret_cast<const int8_t*>(address ^ ((address >> 7 & 7) << 4))};
+    const auto check = [](const void* operand) {
+        const auto address = reinterpret_cast<uintptr_t>(operand);
+        twin::require(address % 32 == 0 && (address >> 7) % 8 == 0, "an operand of wgmma is not 32 bytes of an atom");
     };
+    check(a);
+    check(b);
     const int lane = thread_id() % kWarp, warp = thread_id() % kWarpgroup / kWarp;
-    twin::later([=, &d] {
+    twin::multiply_later(&d, [=, &d] {
+        // 32 bytes of a row: the hardware swizzles addresses, bits 4 to 6 are crossed with bits 7 to 9.
+        const auto load = [](int8_t* to, const void* operand, int row) {
+            for (int half = 0; half < 2; ++half) {
+                const auto address =
+                    reinterpret_cast<uintptr_t>(operand) + static_cast<uintptr_t>(row * kSwizzleBytes + 16 * half);
+                const auto* from = reinterpret_cast<const void*>(address ^ ((address >> 7 & 7) << 4));
+                twin::async_read(to + 16 * half, from, 16);
+            }
+        };
+        int8_t rows[2][32], columns[2][32];
+        for (int i = 0; i < 2; ++i) load(rows[i], a, 16 * warp + lane / 4 + 8 * i);
         for (int j = 0; j < kWgmmaColumns / 8; ++j) {
+            for (int i = 0; i < 2; ++i) load(columns[i], b, 8 * j + lane % 4 * 2 + i);
             for (int i = 0; i < 4; ++i) {
                 int32_t sum = add ? d[j][i] : 0;
-                for (int k = 0; k < 32; ++k) {
-                    sum += byte(a, 16 * warp + lane / 4 + i / 2 * 8, k) * byte(b, 8 * j + lane % 4 * 2 + i % 2, k);
-                }
+                for (int k = 0; k < 32; ++k) sum += rows[i / 2][k] * columns[i % 2][k];
                 d[j][i] = sum;
             }
         }

@@ -108,8 +108,7 @@ VQVIT_DEVICE void finish_row(Row<E, Held>& row, float (&x)[E], const Load& load,
 }
 
 template <int Octets, bool Held, class Out>
-VQVIT_KERNEL(Held ? max_team(Octets) : kMaxTeam, 1)
-layernorm_kernel(LayerNorm op, RowsShape shape, Out out) {
+VQVIT_KERNEL(Held ? max_team(Octets) : kMaxTeam, 1, layernorm_kernel, LayerNorm op, RowsShape shape, Out out) {
     constexpr int E = Octets * kOctet;
     Row<E, Held> row(shape);
     float x[E];

@@ -1,5 +1,4 @@
 // The CUDA library's identity, the reason of its last error, and facts of the current device.
-#include <cstdlib>
 #include <string>
 
 #include "device.h"
@@ -71,20 +70,17 @@ int describe_tensor(TensorMap* map, const int8_t* data, int64_t rows, int64_t k,
 #else
 int twin_status(const char* error) { return error == nullptr ? VQVIT_OK : failed(error); }
 
-namespace {
+int multiprocessors() { return twin::setting("VQVIT_TWIN_MULTIPROCESSORS", 4); }
 
-int setting(const char* name, int otherwise) {
-    const char* value = std::getenv(name);
-    return value == nullptr ? otherwise : std::atoi(value);
-}
+int compute_capability() { return twin::compute_capability(); }
 
-}  // namespace
-
-int multiprocessors() { return setting("VQVIT_TWIN_MULTIPROCESSORS", 4); }
-
-int compute_capability() { return setting("VQVIT_TWIN_ARCH", 80); }
-
+// What cuTensorMapEncodeTiled asks for (CUDA driver API, tensor map object management).
 int describe_tensor(TensorMap* map, const int8_t* data, int64_t rows, int64_t k, int64_t stride, int box_rows) {
+    constexpr int64_t kMostElements = int64_t{1} << 32, kMostBytes = int64_t{1} << 40;
+    const bool sizes = rows >= 1 && rows <= kMostElements && k >= 1 && k <= kMostElements && box_rows <= 256;
+    const bool address = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    const bool strides = stride > 0 && stride % 16 == 0 && stride < kMostBytes;
+    if (!sizes || !address || !strides) return failed("cuTensorMapEncodeTiled refused an operand");
     *map = {data, rows, k, stride, box_rows};
     return VQVIT_OK;
 }

@@ -59,9 +59,9 @@ constexpr int kGroupLanes = kGroup / kOctet, kGroupOctets = 3, kGroupThreads = 1
 
 // 16 lanes hold one group in each of their octets.
 template <int Octets>
-VQVIT_KERNEL(kGroupThreads, 1)
-quantize_groups_kernel(
-    Matrix x, const float* equalizer, int64_t rows, int64_t k, bool vector, int8_t* codes, float* scale) {
+VQVIT_KERNEL(
+    kGroupThreads, 1, quantize_groups_kernel, Matrix x, const float* equalizer, int64_t rows, int64_t k, bool vector,
+    int8_t* codes, float* scale) {
     constexpr int E = Octets * kOctet;
     const int lane = thread_id() % kGroupLanes;
     const int64_t row = (block_x() * kGroupThreads + thread_id()) / kGroupLanes, groups = ceil_div(k, kGroup);
@@ -106,9 +106,9 @@ VQVIT_DEVICE Pack<int8_t, kOctet> load_codes(const int8_t* codes, const Tile& ti
 }
 
 // R = rne(254 (x - α q) / α): a warp for a tile of a row.
-VQVIT_KERNEL(kResidualThreads, 1)
-quantize_residual_kernel(
-    Matrix x, const int8_t* codes, const float* scale, int64_t rows, int64_t k, bool vector, int8_t* residual_codes) {
+VQVIT_KERNEL(
+    kResidualThreads, 1, quantize_residual_kernel, Matrix x, const int8_t* codes, const float* scale, int64_t rows,
+    int64_t k, bool vector, int8_t* residual_codes) {
     constexpr int E = kResidualOctets * kOctet, kColumns = E * kWarp;
     const int64_t row = (block_x() * kResidualThreads + thread_id()) / kWarp;
     if (row >= rows) return;

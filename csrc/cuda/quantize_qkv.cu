@@ -122,8 +122,7 @@ VQVIT_DEVICE void max_over_block(const Values& op, int32_t (&bits)[kQuad]) {
 
 // A block has 4 · lanes columns of one image: their ranges over all tokens, then the codes.
 template <bool Vector>
-VQVIT_KERNEL(kValueThreads, (Vector ? 2 : 1))
-quantize_values_kernel(Values op) {
+VQVIT_KERNEL(kValueThreads, (Vector ? 2 : 1), quantize_values_kernel, Values op) {
     const ValueColumns<Vector> at(op);
     const int64_t start = thread_id() / op.lanes, tile = int64_t{kSteps} * (kValueThreads / op.lanes);
     const bool held = op.tokens <= tile;
@@ -182,7 +181,6 @@ int quantize_values(Values op, int64_t batch, void* stream) {
     const int64_t quad = kQuad * bytes_of(op.dtype), element = bytes_of(op.dtype);
     const bool vector = op.head_dim % kQuad == 0 && aligned(op.v, quad) && op.batch_stride * element % quad == 0 &&
                         op.token_stride * element % quad == 0 && aligned(op.codes, kQuad);
-    const auto kernel = vector ? quantize_values_kernel<true> : quantize_values_kernel<false>;
     const int shared = kValueWarps * op.lanes * kQuad * static_cast<int>(sizeof(int32_t));
     for (int64_t first = 0; first < batch; first += kMaxGridY) {  // images go in grid.y
         const auto images = static_cast<unsigned>(smaller(batch - first, kMaxGridY));
@@ -191,7 +189,9 @@ int quantize_values(Values op, int64_t batch, void* stream) {
         part.codes += first * op.columns * op.tokens;
         part.scale += first * op.columns;
         const Dim3 grid(static_cast<unsigned>(blocks(op.lanes)), images);
-        if (const int status = launch(kernel, grid, kValueThreads, shared, stream, part)) return status;
+        const auto run = [&](auto kernel) { return launch(kernel, grid, kValueThreads, shared, stream, part); };
+        const int status = vector ? run(quantize_values_kernel<true>) : run(quantize_values_kernel<false>);
+        if (status != VQVIT_OK) return status;
     }
     return VQVIT_OK;
 }

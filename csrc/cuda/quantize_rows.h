@@ -165,8 +165,9 @@ int launch_rows(int64_t rows, int64_t k, const Run& run) {
 // ---- rows of a source -----------------------------------------------------------------------------------------------
 
 template <int Octets, bool Held, class Source>
-VQVIT_KERNEL(Held ? max_team(Octets) : kMaxTeam, 1)
-quantize_kernel(Source source, const float* equalizer, RowsShape shape, Codes out) {
+VQVIT_KERNEL(
+    Held ? max_team(Octets) : kMaxTeam, 1, quantize_kernel, Source source, const float* equalizer, RowsShape shape,
+    Codes out) {
     constexpr int E = Octets * kOctet;
     if (Source::kPlain) out = {out.codes, out.scale, nullptr, nullptr, nullptr, 0.0f};  // known when compiled
     Row<E, Held> row(shape);

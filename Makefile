@@ -1,5 +1,6 @@
 # make demo   train, quantize, reload and measure a ViT; report in demo-output/
 # make test   the tests
+# make test-all  what takes longer: kernels under more schedules, planted mistakes, sanitizers, emulated instruction sets
 # make check  lint and formatting
 # make sanitize  the op tests on kernels with address and undefined-behaviour sanitizers
 # make emulate  all op tests on kernels of AVX-512 VNNI and AVX-VNNI, emulated with AVX2
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check sanitize emulate bench
+.PHONY: demo test test-all check sanitize emulate bench
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m vqvit.cli demo --output demo-output
@@ -19,12 +20,20 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder tests
 
+test-all: $(INSTALLED)
+	VQVIT_TWIN_SEEDS=20 $(VENV)/bin/python -m pytest -q --numprocesses auto -m "long or not long" \
+		tests/test_cuda_schedules.py tests/test_cuda_twin.py tests/test_cuda_mistakes.py
+	for seed in 1 2 3; do VQVIT_TWIN_SEED=$$seed $(VENV)/bin/python -m pytest -q --numprocesses auto \
+		-k "cuda and not triton" tests/test_ops_parity.py tests/test_cuda_kernels*.py || exit 1; done
+	$(VENV)/bin/python tests/sanitize.py twin
+
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 sanitize: $(INSTALLED)
-	$(VENV)/bin/python tests/sanitize.py
+	$(VENV)/bin/python tests/sanitize.py cpu
+	$(VENV)/bin/python tests/sanitize.py twin
 
 emulate: $(INSTALLED)
 	$(VENV)/bin/python tests/emulate.py

@@ -1,8 +1,10 @@
-"""Runs the op tests on CPU kernels that are compiled with address and undefined-behaviour sanitizers.
+"""Runs the op tests on kernels that are compiled with address and undefined-behaviour sanitizers.
 
-    python tests/sanitize.py [pytest arguments]
+    python tests/sanitize.py cpu|twin [pytest arguments]
 
-A report of a sanitizer ends the run with a failure. Minutes long, so no part of `make test`.
+`cpu`: the CPU's kernels. `twin`: the CUDA kernels in the host's twin, addresses that are not aligned included, which a
+GPU refuses and x86 forgives. A report of a sanitizer ends the run with a failure. Minutes long, so no part of
+`make test`.
 """
 
 import dataclasses
@@ -19,23 +21,44 @@ FLAGS = (
 )  # fmt: skip
 RUNTIMES = ("libasan.so", "libubsan.so")  # python itself is not instrumented: they are loaded before it
 FILES = ("test_ops_parity.py", "test_cpu_isa.py", "test_fused_block.py")
-ARGUMENTS = (
-    "-q", "-p", "no:cacheprovider", *(str(Path(__file__).with_name(name)) for name in FILES),
-    "-k", "not triton and not cuda",
+TWIN_FILES = (
+    "test_ops_parity.py", "test_cuda_kernels.py", "test_cuda_kernels_rows.py", "test_cuda_kernels_attention.py",
+    "test_cuda_schedules.py",
 )  # fmt: skip
+
+
+def arguments(files: tuple[str, ...], selected: str) -> tuple[str, ...]:
+    """Of pytest, for the tests of these files whose names match. Reports of native code are not captured."""
+    paths = (str(Path(__file__).with_name(name)) for name in files)
+    return ("-q", "-p", "no:cacheprovider", "--capture=sys", *paths, "-k", selected)
+
+
+ARGUMENTS = arguments(FILES, "not triton and not cuda")
 """Of pytest: the op tests of the CPU's kernels."""
 
 READY = "VQVIT_SANITIZERS_LOADED"
 
 
 def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in ("cpu", "twin"):
+        print(f"usage: {Path(__file__).name} cpu|twin [pytest arguments]; got {sys.argv[1:]}", file=sys.stderr)
+        return 2
     if os.environ.get(READY) != "1":
         return _with_runtimes()
-    library = dataclasses.replace(_build.CPU, flags=(*_build.CPU.flags, *FLAGS))
-    native.use_cpu(native.open_cpu(native.cached_library(native.csrc_directory(), library)))
+    chosen, *more = sys.argv[1:]
     import pytest
 
-    return pytest.main([*ARGUMENTS, *sys.argv[1:]])
+    if chosen == "cpu":
+        native.use_cpu(native.open_cpu(_sanitized(_build.CPU)))
+        return pytest.main([*ARGUMENTS, *more])
+    native.use_twin(native.open_twin(_sanitized(_build.CUDA_TWIN)))
+    return pytest.main([*arguments(TWIN_FILES, "cuda and not triton"), *more])
+
+
+def _sanitized(library: _build.Library) -> Path:
+    """The library compiled with sanitizers, in the cache."""
+    flagged = dataclasses.replace(library, flags=(*library.flags, *FLAGS))
+    return native.cached_library(native.csrc_directory(), flagged)
 
 
 def _with_runtimes() -> int:

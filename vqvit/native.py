@@ -170,6 +170,17 @@ def use_cpu(library: ctypes.CDLL) -> None:
         _loaded[CPU.file] = library
 
 
+def open_twin(path: Path) -> ctypes.CDLL:
+    """The CUDA kernels' twin at `path`, as `_build.build` wrote it from these sources or others of the same interface."""
+    return _declare(_open(path), CUDA_TWIN.device)
+
+
+def use_twin(library: ctypes.CDLL) -> None:
+    """Every later call of the twin goes to `library`, from `open_twin`: for sanitizers, and planted mistakes."""
+    with _locks[CUDA_TWIN.file]:
+        _loaded[CUDA_TWIN.file] = library
+
+
 def cuda_unavailable() -> str | None:
     """Why the CUDA library cannot be used, or None if it is there or can be built (which takes minutes: not now)."""
     library = CUDA_TWIN if emulating_cuda() else CUDA

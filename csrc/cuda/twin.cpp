@@ -6,6 +6,10 @@
 
 #include "twin_block.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace vqvit {
 namespace twin {
 
@@ -86,6 +90,9 @@ void start(Fibre& fibre, const Position& position) {
     fibre.fences = 0;
     fibre.registers.clear();
     fibre.initialised.clear();
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_UNPOISON_MEMORY_REGION(fibre.stack.get(), kStackBytes);  // the frames of the block before never returned
+#endif
     prepare(fibre.context, fibre.stack.get(), kStackBytes, enter);
 }
 

@@ -11,16 +11,19 @@ from vqvit.kernels import numerics as nm
 
 @triton.jit
 def scaled(acc, a_scale_ptr, b_scale_ptr, bias_ptr, offs_m, offs_n, M, N):
-    """fma(acc, α_a α_bᵀ, bias) of fp32 accumulators; without a_scale they are multiplied by it already."""
+    """fma(acc, α_a α_bᵀ, bias) of fp32 accumulators; without a_scale they are multiplied by it already.
+
+    A missing bias is +0, so that a product of -0 becomes +0.
+    """
     scale = tl.load(b_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
     if a_scale_ptr is not None:
         scale = tl.load(a_scale_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None] * scale
     if bias_ptr is not None:
         bias = nm.to_fp32(tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0))
-        y = nm.fma(acc, scale, bias[None, :])
+        bias = bias[None, :]
     else:
-        y = acc * scale
-    return y
+        bias = 0.0
+    return nm.fma(acc, scale, bias)
 
 
 @triton.jit

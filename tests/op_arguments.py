@@ -98,6 +98,32 @@ def linear(shape: tuple[int, int, int], *rest) -> tuple:
     return codes(m, k), scales(m), codes(n, k), scales(n), *rest
 
 
+def odd_scales(*shape: int) -> Tensor:
+    """Zero of both signs, negative, denormal: what decides the sign of a zero."""
+    kinds = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-42, -1e-42, 1e-38])
+    return (torch.rand(*shape) + 0.5) * kinds[torch.randint(len(kinds), shape)]
+
+
+def linear_odd_scales(shape: tuple[int, int, int], activation: str, layout: str = "rows", epilogue: bool = False):
+    """Products of which some are zero, without bias; `epilogue`: with an odd layer scale and residual."""
+    m, k, n = shape
+    a, b = codes(m, k), codes(n, k)
+    a[::3], b[::4] = 0, 0
+    vectors = (odd_scales(n), odd_scales(m, n)) if epilogue else (None, None)
+    return a, odd_scales(m), laid_out(b, layout), odd_scales(n), None, activation, *vectors
+
+
+def grouped_odd_scales(shape: tuple[int, int, int], activation: str) -> tuple:
+    a, _, *rest = linear_odd_scales(shape, activation)
+    return a, odd_scales(shape[0], -(-shape[1] // nm.GROUP)), *rest
+
+
+def compensated_odd_scales(shape: tuple[int, int, int], mode: str, activation: str) -> tuple:
+    a, a_scale, b, b_scale, *_ = linear_odd_scales(shape, activation)
+    residuals = codes(*a.shape), codes(*b.shape)
+    return a, a_scale, residuals[0], b, b_scale, residuals[1], None, mode, 1.0, activation
+
+
 def laid_out(b: Tensor, layout: str) -> Tensor:
     return b if layout == "rows" else ref.pack_weight(b, layout)
 

@@ -13,12 +13,15 @@ from op_arguments import (
     block,
     codes,
     compensated,
+    compensated_odd_scales,
     grouped,
     grouped_full,
+    grouped_odd_scales,
     grouped_poisoned,
     linear,
     linear_asymmetric,
     linear_full,
+    linear_odd_scales,
     linear_poisoned,
     linear_quantize,
     linear_quantize_poisoned,
@@ -103,6 +106,14 @@ CASES = {
             for layout in PACKED
             for name, shape in GEMM_SHAPES.items()
         },
+        **{
+            f"odd_scales_{activation}_{layout}": partial(linear_odd_scales, (19, 40, 70), activation, layout)
+            for activation in nm.ACTIVATIONS
+            for layout in ("rows", *PACKED)
+        },
+        "odd_scales_epilogue": partial(linear_odd_scales, (19, 40, 130), "none", epilogue=True),
+        "odd_scales_whole_tiles": partial(linear_odd_scales, (24, 64, 128), "none"),
+        "odd_scales_grouped": partial(grouped_odd_scales, (19, 300, 70), "silu"),
         "a_zero": partial(linear_asymmetric, (9, 37, 70), True, False),
         "b_zero": partial(linear_asymmetric, (9, 37, 70), False, True),
         "both_zero": partial(linear_asymmetric, (9, 37, 70), True, True),
@@ -143,6 +154,11 @@ CASES = {
     },
     "int8_linear_compensated": {
         **{mode: partial(compensated, (13, 37, 70), mode) for mode in ref.COMPENSATION_TERMS},
+        **{
+            f"odd_scales_{mode}_{activation}": partial(compensated_odd_scales, (13, 37, 70), mode, activation)
+            for mode in ref.COMPENSATION_TERMS
+            for activation in ("none", "relu", "silu")
+        },
         "197_full": partial(compensated, (197, 64, 65), "full"),
         **{layout: partial(compensated, (13, 37, 70), "full", layout=layout) for layout in PACKED},
         **{

@@ -33,7 +33,7 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", sys.argv[2], "-k", s
 """
 
 WRONG = "seed "
-"""How test_cuda_schedules.py begins its message about bits that differ."""
+"""How tests/bits.py is told to begin its message about bits that differ."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from bits import assert_same_bits
 
 from vqvit import native, reference
 from vqvit.backends import cuda
@@ -51,12 +52,6 @@ def codes(*shape: int) -> torch.Tensor:
     return torch.randint(-127, 128, shape, dtype=torch.int8)
 
 
-def assert_same_bits(received, expected, seed: int) -> None:
-    received, expected = (r if isinstance(r, tuple) else (r,) for r in (received, expected))
-    for got, want in zip(received, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"seed {seed}: {m}")
-
-
 def operands(m: int, n: int, k: int, groups: bool) -> tuple[torch.Tensor, ...]:
     a_scale = torch.rand(m, -(-k // 128)) if groups else torch.rand(m)
     a_scale[3] = torch.nan
@@ -72,7 +67,7 @@ def test_gemm(schedule, machine, tiles, k, groups):
     expected = reference.int8_linear(*args)
     for seed in SEEDS:
         schedule(MACHINES[machine], multiprocessors, seed)
-        assert_same_bits(cuda.int8_linear(*args), expected, seed)
+        assert_same_bits(cuda.int8_linear(*args), expected, f"seed {seed}")
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -90,7 +85,7 @@ def test_epilogues(schedule, machine):
             expected = getattr(reference, op)(*args)
             for seed in SEEDS:
                 schedule(MACHINES[machine], 1, seed)
-                assert_same_bits(getattr(cuda, op)(*args), expected, seed)
+                assert_same_bits(getattr(cuda, op)(*args), expected, f"seed {seed}")
 
 
 def test_compensated(schedule):
@@ -99,7 +94,7 @@ def test_compensated(schedule):
     expected = reference.int8_linear_compensated(*args)
     for seed in SEEDS:
         schedule(80, 1, seed)
-        assert_same_bits(cuda.int8_linear_compensated(*args), expected, seed)
+        assert_same_bits(cuda.int8_linear_compensated(*args), expected, f"seed {seed}")
 
 
 @pytest.mark.parametrize("keys", [70, 290], ids=["resident", "streaming"])
@@ -110,8 +105,8 @@ def test_attention(schedule, keys):
     floats, stored = reference.int8_attention(*args), reference.int8_attention_quantize(*args)
     for seed in SEEDS:
         schedule(80, 1, seed)
-        assert_same_bits(cuda.int8_attention(*args), floats, seed)
-        assert_same_bits(cuda.int8_attention_quantize(*args), stored, seed)
+        assert_same_bits(cuda.int8_attention(*args), floats, f"seed {seed}")
+        assert_same_bits(cuda.int8_attention_quantize(*args), stored, f"seed {seed}")
 
 
 @pytest.mark.parametrize("shape", [(5, 200), (3, 1500), (1, 16400)], ids=str)
@@ -128,4 +123,4 @@ def test_rows(schedule, shape):
         expected = getattr(reference, op)(*args)
         for seed in SEEDS:
             schedule(80, 1, seed)
-            assert_same_bits(getattr(cuda, op)(*args), expected, seed)
+            assert_same_bits(getattr(cuda, op)(*args), expected, f"seed {seed}")

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import vqvit
 from vqvit import numerics as nm
-from vqvit import ops
+from vqvit import layouts, ops
 
 
 def codes(*shape: int) -> torch.Tensor:
@@ -304,3 +304,24 @@ def test_ops_compile_without_graph_break():
     x, weight, scale = torch.randn(5, 16), codes(8, 16), torch.rand(8)
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x, weight, scale), block(x, weight, scale))
+
+
+@pytest.mark.parametrize("layout", layouts.PACKED)
+@pytest.mark.parametrize("cut", [1, 3, 15])
+def test_packed_weights_know_their_channels(layout, cut):
+    """An `a` with fewer columns than the weight has channels is refused, also where the packed shape is the same."""
+    k = 64
+    a, b = torch.ones(5, k, dtype=torch.int8), torch.ones(70, k, dtype=torch.int8)
+    packed, short = ops.pack_weight(b, layout), a[:, : k - cut].contiguous()
+    calls = {
+        "int8_linear": lambda x: ops.int8_linear(x, torch.ones(5), packed, torch.ones(70)),
+        "int8_linear_quantize": lambda x: ops.int8_linear_quantize(x, torch.ones(5), packed, torch.ones(70)),
+        "unpack_weight": lambda x: ops.unpack_weight(packed, 70, x.shape[1]),
+    }
+    for op, call in calls.items():
+        call(a)
+        with pytest.raises(ValueError, match=f"{op}: expected packed .*({k - cut} input channels|shape)"):
+            call(short)
+    odd = ops.pack_weight(b[:, : k - cut].contiguous(), layout)
+    expected = ops.int8_linear(short, torch.ones(5), b[:, : k - cut].contiguous(), torch.ones(70))
+    assert torch.equal(ops.int8_linear(short, torch.ones(5), odd, torch.ones(70)), expected)

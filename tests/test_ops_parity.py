@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bits import assert_same_bits
 from op_cases import CASES
 
 import vqvit
@@ -56,12 +57,7 @@ def test_backend_matches_reference(forced, variant, op, case):
     devices = backends.device_types(variant.partition("-")[0])
     device = "cpu" if "cpu" in devices else devices[0]
     received = as_tuple(getattr(torch.ops.vqvit, op)(*(on(device, a) for a in args)))
-    received = tuple(r.cpu() for r in received)
-    assert len(received) == len(expected)
-    for output, (got, want) in enumerate(zip(received, expected, strict=True)):
-        assert got.dtype == want.dtype and got.shape == want.shape, f"output {output}"
-        equal = (got == want) | (got.isnan() & want.isnan()) if got.is_floating_point() else got == want
-        assert equal.all(), f"output {output}: {int((~equal).sum())} of {equal.numel()} values differ"
+    assert_same_bits(received, expected)
 
 
 @pytest.mark.parametrize(("op", "case"), [pytest.param(o, c, id=f"{o}-{c}") for o, cs in CASES.items() for c in cs])

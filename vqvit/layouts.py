@@ -4,7 +4,8 @@
     panels   (⌈N/64⌉, ⌈K/4⌉ + 1, 64, 4): what products of four channels read, on instruction sets with VNNI and without
     strips   (⌈N/64⌉, 4, bytes): what AVX2 reads, whose products sum 16 channels as int16
 
-`vqvit.reference.pack_weight` defines the packed ones; their shapes tell K to 4 channels and to 16. Checkpoints hold
+`vqvit.reference.pack_weight` defines the packed ones; their shapes tell K to 4 channels and to 16, and the zeros behind
+the last channel tell the rest: `vqvit.validation` refuses a K that would cut weights off. Checkpoints hold
 rows and exported models panels; a process packs what it loads for the instruction set it has
 (`vqvit.native.cpu_weight_layout`), as oneDNN and llama.cpp do.
 """

@@ -323,7 +323,8 @@ def _grouped_product(a: Tensor, a_scale: Tensor, b: Tensor) -> Tensor:
 
 
 def _dequantized(acc: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return acc * scale if bias is None else nm.fma(acc, scale, bias.float())
+    """fma(acc, scale, bias); a missing bias is +0, so that a product of -0 becomes +0."""
+    return nm.fma(acc, scale, 0.0 if bias is None else bias.float())
 
 
 def epilogue(y, activation, layer_scale, residual, out_dtype):

@@ -100,10 +100,26 @@ def check_codes(op: str, name: str, b: Tensor, n: int, k: int, like: Tensor) -> 
     dimensions = b.dim()
     if dimensions == 4:
         check_tensor(op, f"packed {name}", b, torch.int8, layouts.shape_of("panels", n, k), like)
+        if k % layouts.K_GROUP != 0:
+            _check_padding(op, name, k, b, b[:, -2], 0)
     elif dimensions == 3:
         check_tensor(op, f"packed {name}", b, torch.int8, layouts.shape_of("strips", n, k), like)
+        if k % layouts.CHUNK != 0:
+            last = (-(-k // layouts.CHUNK) - 1) * layouts.CHUNK * layouts.STRIP
+            groups = b[..., last : last + layouts.CHUNK * layouts.STRIP].unflatten(-1, (-1, layouts.STRIP, 4))
+            _check_padding(op, name, k, b, groups.transpose(-2, -3).flatten(-2), -128)
     else:
         check_tensor(op, name, b, torch.int8, (n, k), like)
+
+
+def _check_padding(op: str, name: str, k: int, packed: Tensor, columns: Tensor, zero: int) -> None:
+    """The last columns (..., a power of two) of packed weights hold `zero` from column k on: K is not larger than k.
+
+    Instruction sets differ in what they would do with more. Only tensors with values are looked at.
+    """
+    if type(packed) in (Tensor, torch.nn.Parameter) and packed.device.type != "meta":
+        whole = bool((columns[..., k % columns.shape[-1] :] == zero).all())
+        check(whole, op, f"packed {name} of at most {k} input channels, as many as a has columns", "more")
 
 
 def check_weight(

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 import vqvit
-from vqvit import numerics as nm
 from vqvit import layouts, ops
+from vqvit import numerics as nm
 
 
 def codes(*shape: int) -> torch.Tensor:

@@ -187,9 +187,8 @@ VQVIT_DEVICE uint32_t numerator(float x) {
     const float coefficients[] = {VQVIT_NUMERATOR_COEFFICIENTS};
     x = fmaxf(x, kExp2Min);
     const float shifted = x + kMagic;
-    const float power = from_bits((bits_of(shifted) << 23) + 0x3f800000);
     const float steps = polynomial(x - (shifted - kMagic), coefficients);
-    return static_cast<uint32_t>(bits_of(fmaf(steps, power, kMagic)));
+    return static_cast<uint32_t>(bits_of(fmaf(steps, pow2_of_shifted(shifted), kMagic)));
 }
 
 // Logits of 16 keys to this lane's words of both digits, for either query.

@@ -373,6 +373,24 @@ VQVIT_DEVICE BFloat16 from_fp32<BFloat16>(float x) {
 }
 #endif
 
+// The larger of `largest`, which is >= 0 or NaN, and |x|; NaN if either is.
+#ifdef __CUDACC__
+VQVIT_DEVICE float max_magnitude(float largest, float x) {
+#if __CUDA_ARCH__ >= 800
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest) : "f"(fabsf(x)));
+    return largest;
+#else
+    const int32_t bits = bits_of(x) & 0x7fffffff;
+    return bits > bits_of(largest) ? from_bits(bits) : largest;
+#endif
+}
+#else
+VQVIT_DEVICE float max_magnitude(float largest, float x) {
+    const int32_t bits = bits_of(x) & 0x7fffffff;
+    return bits > bits_of(largest) ? from_bits(bits) : largest;
+}
+#endif
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 // Status of a launch on `stream` of `grid` blocks: VQVIT_OK, or VQVIT_CUDA_ERROR with the reason kept for

@@ -5,26 +5,13 @@
 // token (magnitude, maximum, five for the code, its share of packing), 10 static, 20 with a zero point, which divides,
 // and 10 more with δ. A row is read once if it has at most 8192 to 16384 columns, else once a pass, from L2.
 // Grid: a block of whole rows, or a row; groups and residual codes: (rows, tiles of a row).
+#include "divisor.h"
 #include "quantize_rows.h"
 
 namespace vqvit {
 namespace {
 
 // ---- images ---------------------------------------------------------------------------------------------------------
-
-// n / divisor for 0 <= n < 2^31 by a multiplication (Granlund & Montgomery 1994).
-struct Divisor {
-    uint32_t divisor, multiplier;
-    int shift;
-
-    explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d)), shift(31) {
-        for (int64_t power = 1; power < d; power *= 2) ++shift;
-        multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
-    }
-    VQVIT_DEVICE uint32_t quotient(uint32_t n) const {
-        return static_cast<uint32_t>((uint64_t{n} * multiplier) >> shift);
-    }
-};
 
 // Row m is patch (image, y, x) in raster order, column c pixel (channel, dy, dx) of it.
 struct Patches {

@@ -14,11 +14,11 @@ struct DividingEncoder {
     float scale;
     int32_t zero_point;
 
-    VQVIT_DEVICE int8_t operator()(float x) const {
+    VQVIT_DEVICE uint32_t byte(float x) const {
         const float quotient = x / scale;
         const int32_t steps = quotient == quotient ? rne_int(fminf(fmaxf(quotient, -512.0f), 512.0f)) : 0;
         const int32_t code = steps + zero_point;  // both ends are beyond the codes for every zero point
-        return static_cast<int8_t>(code < -127 ? -127 : code > 127 ? 127 : code);
+        return static_cast<uint32_t>(code < -127 ? -127 : code > 127 ? 127 : code);
     }
 };
 
@@ -95,10 +95,6 @@ VQVIT_DEVICE void quantize_row(Row<E, Held>& row, float (&x)[E], const Load& loa
 
 constexpr int64_t kMaxGridY = 65535;
 
-inline int64_t bytes_of(int dtype) { return dtype == VQVIT_F32 ? 4 : 2; }
-inline bool aligned(const void* p, int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
-}
 inline bool vector_rows(const void* p, int dtype, int64_t stride) {
     return aligned(p, 16) && stride * bytes_of(dtype) % 16 == 0;
 }

@@ -79,13 +79,7 @@ VQVIT_DEVICE void store_codes(
             const int chunk = i / 4, j = i / 2 % 2, r = i % 2;
             const int row = first + lane_id() / 4 + 8 * r;
             const int column = kGroup * index + kUnitColumns * unit + kChunk * chunk + 16 * j + 4 * (lane_id() % 4);
-            const float(&x)[4] = group.out[chunk][j][r];
-            uint32_t word = 0;
-            VQVIT_UNROLL
-            for (int c = 0; c < 4; ++c) {
-                const float value = scale[r] == scale[r] ? x[c] : 0.0f;
-                word |= uint32_t{static_cast<uint8_t>(encode[r](value))} << 8 * c;
-            }
+            const uint32_t word = encode_4(encode[r], group.out[chunk][j][r]) & (scale[r] == scale[r] ? ~0u : 0u);
             if (row >= t.queries) continue;
             int8_t* p = t.codes + (image * t.queries + row) * t.heads * t.head_dim + column;
             if (t.vector) {

@@ -373,23 +373,17 @@ VQVIT_DEVICE BFloat16 from_fp32<BFloat16>(float x) {
 }
 #endif
 
-// The larger of `largest`, which is >= 0 or NaN, and |x|; NaN if either is.
-#ifdef __CUDACC__
-VQVIT_DEVICE float max_magnitude(float largest, float x) {
-#if __CUDA_ARCH__ >= 800
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(largest) : "f"(fabsf(x)));
+// The larger of |a| and |b|; NaN if either is, with a clear sign.
+VQVIT_DEVICE float max_magnitude(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    float largest;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(largest) : "f"(fabsf(a)), "f"(fabsf(b)));
     return largest;
 #else
-    const int32_t bits = bits_of(x) & 0x7fffffff;
-    return bits > bits_of(largest) ? from_bits(bits) : largest;
+    const int32_t a_bits = bits_of(a) & 0x7fffffff, b_bits = bits_of(b) & 0x7fffffff;
+    return from_bits(a_bits > b_bits ? a_bits : b_bits);
 #endif
 }
-#else
-VQVIT_DEVICE float max_magnitude(float largest, float x) {
-    const int32_t bits = bits_of(x) & 0x7fffffff;
-    return bits > bits_of(largest) ? from_bits(bits) : largest;
-}
-#endif
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@
 // and keeps what a row's maximum has to wait for in shared memory, which is short in code.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "gemm_s8.h"
@@ -166,61 +167,72 @@ private:
     }
 
     VQVIT_DEVICE void whole_accumulators(int64_t first_row) const {
-        int32_t* out = static_cast<int32_t*>(t_.out) + first_row * n_ + first_column_;
+        int32_t* to = static_cast<int32_t*>(t_.out) + (first_row + lane_row()) * n_ + first_column_;
         const int rows = rows_inside(first_row);
         VQVIT_NO_UNROLL
-        for (int row = lane_row(); row < rows; row += 4) {
+        for (int row = lane_row(); row < rows; row += 4, to += 4 * int64_t{n_}) {
             VQVIT_UNROLL
-            for (int i = 0; i < kBlocks; ++i) four(out + int64_t{row} * n_, i) = staged<int32_t>(row, i);
+            for (int i = 0; i < kBlocks; ++i) four(to, i) = staged<int32_t>(row, i);
         }
     }
 
     // `column`: of out, which has rows of `pitch` elements, and of the residual.
     template <bool RowScales, class Acc, class T>
     VQVIT_DEVICE void whole_floats(int64_t first_row, void* out, int pitch, int64_t column) const {
-        T* to = static_cast<T*>(out) + first_row * pitch + column;
-        const T* residual = nullptr;
-        if (StoreKind == Store::kFloat && g_.residual != nullptr) {
-            residual = static_cast<const T*>(g_.residual) + first_row * g_.residual_stride + column;
+        constexpr bool kAdds = StoreKind == Store::kFloat;
+        constexpr uint32_t kNegativeZeros = sizeof(T) == 4 ? 0x80000000u : 0x80008000u;  // which add nothing
+        using Words = Pack<uint32_t, sizeof(T)>;                                         // of four elements
+        T* to = static_cast<T*>(out) + (first_row + lane_row()) * pitch + column;
+        const T* from = nullptr;
+        if (kAdds && g_.residual != nullptr) {
+            from = static_cast<const T*>(g_.residual) + (first_row + lane_row()) * g_.residual_stride + column;
         }
-        const int rows = rows_inside(first_row), residual_stride = static_cast<int>(g_.residual_stride);
+        const bool adds_residual = from != nullptr;
+        const int rows = rows_inside(first_row);
         VQVIT_NO_UNROLL
-        for (int row = lane_row(); row < rows; row += 4) {
+        for (int row = lane_row(); row < rows; row += 4, to += 4 * int64_t{pitch}) {
+            Words words[kBlocks];
             Pack<T, 4> base[kBlocks];
-            VQVIT_UNROLL
-            for (int i = 0; i < 4 * kBlocks; ++i) base[i / 4].at[i % 4] = from_fp32<T>(-0.0f);  // adds nothing
-            if (StoreKind == Store::kFloat && residual != nullptr) {
+            if (kAdds) {
                 VQVIT_UNROLL
                 for (int i = 0; i < kBlocks; ++i) {
-                    const T* from = residual + int64_t{row} * residual_stride + 32 * i;
-                    base[i] = *reinterpret_cast<const Pack<T, 4>*>(from);
+                    VQVIT_UNROLL
+                    for (int w = 0; w < static_cast<int>(sizeof(T)); ++w) words[i].at[w] = kNegativeZeros;
+                    if (adds_residual) words[i] = *reinterpret_cast<const Words*>(from + 32 * i);
+                    std::memcpy(base + i, words + i, sizeof(Words));
                 }
+                from += 4 * g_.residual_stride;
             }
             Row y;
             whole_row<RowScales, Acc>(row, y);
             VQVIT_UNROLL
             for (int i = 0; i < kBlocks; ++i) {
                 Pack<float, 4> layer_scale;
-                if (StoreKind == Store::kFloat) layer_scale = four(layer_scale_, i);
+                if (kAdds) layer_scale = four(layer_scale_, i);
                 Pack<T, 4> pack;
                 VQVIT_UNROLL
                 for (int e = 0; e < 4; ++e) {
-                    const bool adds = StoreKind == Store::kFloat;
-                    const float x = adds ? fmaf(y[i][e], layer_scale.at[e], to_fp32(base[i].at[e])) : y[i][e];
+                    const float x = kAdds ? fmaf(y[i][e], layer_scale.at[e], to_fp32(base[i].at[e])) : y[i][e];
                     pack.at[e] = from_fp32<T>(x);
                 }
-                *reinterpret_cast<Pack<T, 4>*>(to + int64_t{row} * pitch + 32 * i) = pack;
+                *reinterpret_cast<Pack<T, 4>*>(to + 32 * i) = pack;
             }
         }
     }
 
-    // Largest magnitude of a row's columns of blocks First ... First + Count, NaN if one is NaN.
-    template <int Count>
-    VQVIT_DEVICE static float largest_of(const Row& y, int first) {
-        float largest = 0.0f;
-        VQVIT_UNROLL
-        for (int i = 0; i < 4 * Count; ++i) largest = max_magnitude(largest, y[first + i / 4][i % 4]);
-        return largest_of_row(largest);
+    // Largest magnitude of a row's `Count` blocks from block First on, NaN if one is NaN.
+    template <int First, int Count>
+    VQVIT_DEVICE static float largest_of(const Row& y) {
+        return largest_of_row(largest_of_columns<4 * First, 4 * Count>(y));
+    }
+    template <int First, int Count>  // as a tree: in a chain each maximum would wait for the one before
+    VQVIT_DEVICE static float largest_of_columns(const Row& y) {
+        if constexpr (Count == 1) {
+            return y[First / 4][First % 4];
+        } else {
+            constexpr int kHalf = Count / 2;
+            return max_magnitude(largest_of_columns<First, kHalf>(y), largest_of_columns<First + kHalf, kHalf>(y));
+        }
     }
     VQVIT_DEVICE static float largest_of_row(float largest) {
         VQVIT_UNROLL
@@ -236,7 +248,7 @@ private:
         for (int row = lane_row(); row < 16; row += 4) {  // all lanes shuffle
             Row y;
             whole_row<RowScales, Acc>(row, y);
-            const bool poisoned = bits_of(largest_of<kBlocks>(y, 0)) >= kInfinityBits;
+            const bool poisoned = bits_of(largest_of<0, kBlocks>(y)) >= kInfinityBits;
             uint32_t words[kBlocks];
             int32_t sum = 0;
             VQVIT_UNROLL
@@ -256,6 +268,19 @@ private:
 
     VQVIT_DEVICE static void store_word(int8_t* to, uint32_t word) { *reinterpret_cast<uint32_t*>(to) = word; }
 
+    // Segments of Count blocks, from block First on.
+    template <int First, int Count>
+    VQVIT_DEVICE static void encode_segments(
+        const Row& y, float (&scale)[kBlocks / Count], uint32_t (&words)[kBlocks]) {
+        const float of_segment = symmetric_scale(bits_of(largest_of<First, Count>(y)));
+        const uint32_t mask = of_segment == of_segment ? ~0u : 0u;
+        const Encoder encode = Encoder::in_range(of_segment);
+        scale[First / Count] = of_segment;
+        VQVIT_UNROLL
+        for (int i = First; i < First + Count; ++i) words[i] = encode_4(encode, y[i]) & mask;
+        if constexpr (First + Count < kBlocks) encode_segments<First + Count, Count>(y, scale, words);
+    }
+
     // Codes with a scale for each row and `Width` columns: a group of the next GEMM's input, or a head of q or k.
     template <int Width, bool RowScales, class Acc>
     VQVIT_DEVICE void whole_codes(int64_t first_row) const {
@@ -267,14 +292,7 @@ private:
             whole_row<RowScales, Acc>(row, y);
             float scale[kBlocks / kCount];
             uint32_t words[kBlocks];
-            VQVIT_UNROLL
-            for (int s = 0; s < kBlocks / kCount; ++s) {
-                scale[s] = symmetric_scale(bits_of(largest_of<kCount>(y, s * kCount)));
-                const uint32_t mask = scale[s] == scale[s] ? ~0u : 0u;
-                const Encoder encode = Encoder::in_range(scale[s]);
-                VQVIT_UNROLL
-                for (int i = s * kCount; i < (s + 1) * kCount; ++i) words[i] = encode_4(encode, y[i]) & mask;
-            }
+            encode_segments<0, kCount>(y, scale, words);
             if (row >= rows) continue;
             const int64_t m = first_row + row, row_part = segment_row(m);
             VQVIT_UNROLL

@@ -101,9 +101,14 @@ VQVIT_DEVICE float scale_of(float span, float steps) {
     return scale < kScaleMin ? kScaleMin : scale;
 }
 
-// Scale of a row whose largest magnitude has these bits: NaN if it is not finite.
+// Scale of a row whose largest magnitude has these bits: NaN if it is not finite. x / 127 is rounded correctly without
+// a division: once by the reciprocal, then by the exact remainder (every significand was tried; what underflows is
+// below the smallest scale).
 VQVIT_DEVICE float symmetric_scale(int32_t absmax_bits) {
-    return absmax_bits < kInfinityBits ? scale_of(from_bits(absmax_bits), kQMax) : not_a_number();
+    constexpr float kReciprocal = 1.0f / kQMax;
+    const float x = from_bits(absmax_bits), quotient = x * kReciprocal;
+    const float scale = fmaxf(fmaf(fmaf(-quotient, kQMax, x), kReciprocal, quotient), kScaleMin);
+    return absmax_bits < kInfinityBits ? scale : not_a_number();
 }
 
 // clamp(rne(x / scale), -127, 127); NaN becomes 0.
@@ -117,13 +122,10 @@ VQVIT_DEVICE int8_t to_code(float x, float scale) {
 struct Encoder {
     float scale, reciprocal;
 
-    // For rows with |x| <= 127 · scale and 1e-8 <= scale < 2^126; a scale of NaN makes every code 0.
-    VQVIT_DEVICE static Encoder in_range(float scale) {
-        if (scale != scale) return {0.0f, 0.0f};
-        return {scale, 1.0f / scale};
-    }
+    // For rows with |x| <= 127 · scale and 1e-8 <= scale < 2^126. Codes of a scale of NaN mean nothing: callers mask them.
+    VQVIT_DEVICE static Encoder in_range(float scale) { return {scale, 1.0f / scale}; }
 
-    // The code in the low byte. |x / scale| < 127.5 and finite; any finite x if the scale was NaN.
+    // The code in the low byte. |x / scale| < 127.5.
     VQVIT_DEVICE uint32_t byte(float x) const {
         const float quotient = x * reciprocal;
         return rne_byte(fmaf(fmaf(-quotient, scale, x), reciprocal, quotient));

@@ -5,13 +5,14 @@
 
 namespace vqvit {
 
-// n / divisor for 0 <= n < 2^31 and 1 <= divisor < 2^31 (Granlund & Montgomery 1994).
+// n / divisor for 0 <= n < 2^31 and 1 <= divisor < 2^31 (Granlund & Montgomery 1994). A divisor of 0 counts as 1: sizes
+// of nothing divide nothing.
 struct Divisor {
     uint32_t divisor = 1, multiplier = 0x80000000u;
     int shift = 31;
 
     Divisor() = default;
-    explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d)) {
+    explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d > 0 ? d : 1)) {
         for (int64_t power = 1; power < d; power *= 2) ++shift;
         multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
     }

@@ -38,7 +38,7 @@ struct Tiles {
     Tiles() = default;
     Tiles(int64_t m, int64_t n, int rows_of_tile, int columns_of_tile)
         : rows(static_cast<int>(ceil_div(m, rows_of_tile))), columns(static_cast<int>(ceil_div(n, columns_of_tile))),
-          in_group(columns > 0 ? int64_t{kTileRows} * columns : 1),
+          in_group(int64_t{kTileRows} * columns),
           last_rows(rows % kTileRows > 0 ? rows % kTileRows : kTileRows) {}
 
     VQVIT_HOST_DEVICE unsigned count() const { return static_cast<unsigned>(rows) * static_cast<unsigned>(columns); }

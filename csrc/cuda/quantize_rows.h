@@ -176,6 +176,17 @@ quantize_kernel(Source source, const float* equalizer, RowsShape shape, Codes ou
     quantize_row(row, x, load, out);
 }
 
+// run(first image, images) for the images of a batch, in parts of less than 2^31 rows, which a Divisor takes; until a
+// status is not VQVIT_OK.
+template <class Run>
+int in_parts(int64_t batch, int64_t rows_of_image, const Run& run) {
+    const int64_t most = rows_of_image > 0 ? INT32_MAX / rows_of_image : batch;
+    for (int64_t first = 0; first < batch && most > 0; first += most) {
+        if (const int status = run(first, smaller(batch - first, most))) return status;
+    }
+    return VQVIT_OK;
+}
+
 // `vector`: whether the source allows vector tiles.
 template <int MaxOctets, class Source>
 int quantize_rows(

@@ -111,6 +111,8 @@ int vqvit_cuda_int8_linear_qkv(
     task.whole = is_whole_of_codes(task) && aligned(v, 16);
     task.heads = static_cast<int>(heads);
     task.head_dim = static_cast<int>(gemm->n / (3 * heads));
+    if (task.head_dim != 32 && task.head_dim != 64 && task.head_dim != 128) return VQVIT_UNKNOWN_MODE;
+    task.head_bits = task.head_dim == 32 ? 5 : task.head_dim == 64 ? 6 : 7;
     task.projection = Projection(gemm->m, tokens, heads);
     return run<Store::kProjection, VQVIT_NONE>(task, stream);
 }

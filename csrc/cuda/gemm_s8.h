@@ -84,7 +84,7 @@ struct GemmTask {
     float* scale;  // (m), (m, ceil(n / 128)) or (2, images, heads, tokens)
     int32_t* row_sum;
     float* v;  // (m, heads · head_dim)
-    int heads, head_dim;
+    int heads, head_dim, head_bits;  // head_dim = 2^head_bits: 32, 64 or 128
     Projection projection;
 };
 

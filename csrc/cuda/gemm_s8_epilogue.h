@@ -1,49 +1,26 @@
 // What happens to the accumulators of the INT8 GEMMs: dequantize, activate, add, store.
 //
-// Fragments are those of mma.sync and wgmma alike: a warp holds 16 rows of 8 · NJ columns, acc[j][0..1] of a lane being
-// row lane / 4 and columns 8 j + 2 (lane % 4) ..., acc[j][2..3] the row 8 further down. They go through shared memory
-// once, so that eight lanes hold a row: a lane then has the 4 columns 32 i + 4 (lane % 8) ... of each 32, loads and
-// stores are of whole sectors, and a row's maximum takes three shuffles.
-// Whole tiles, whose columns all exist and load and store four at a time, take a loop without a test of a column; its
-// instructions an output are in benchmarks/results/cuda_gate.csv. All others take a loop that walks a row by 32 columns
-// and keeps what a row's maximum has to wait for in shared memory, which is short in code.
+// Whole tiles, whose columns all exist and load and store four at a time, take a loop without a test of a column. All
+// others take the loop of gemm_s8_any_tile.h. A warp decides once a tile.
+// Instructions for 16 outputs on sm_90a, compiled: 121 of sums by group to bf16 with a residual, 266 to codes of heads
+// of 64, 398 with GELU to codes by group.
 #pragma once
 
 #include <cstring>
-#include <type_traits>
 
-#include "gemm_s8.h"
+#include "gemm_s8_any_tile.h"
 
 namespace vqvit {
 
-// Finishes and stores 16 rows of `Columns` columns at a time. One warp, with `kStagingBytes` of its own.
+// Finishes and stores 16 rows of `Columns` columns at a time: one warp (Staging).
 // StoreKind: of Store. Activation: VQVIT_NONE, VQVIT_GELU or kAnyActivation.
 template <int Columns, int StoreKind, int Activation>
-class Epilogue {
-public:
-    static constexpr int kPitch = Columns + 8;  // words: the eight rows of a store of fragments fall in different banks
-    static constexpr int kBlocks = Columns / 32;
-    static constexpr int kStagingBytes = (16 * kPitch + 3 * Columns + 16 + 2 * kBlocks) * 4;
+class Epilogue : public AnyTile<Columns, StoreKind, Activation> {
+    using Any = AnyTile<Columns, StoreKind, Activation>;
+    using Base = Staging<Columns, StoreKind>;
 
-    VQVIT_DEVICE Epilogue(const GemmTask& task, int first_column, void* staging)
-        : t_(task), g_(task.g), n_(static_cast<int>(task.g.n)), first_column_(first_column),
-          staging_(static_cast<int32_t*>(staging)), b_scale_(reinterpret_cast<float*>(staging_ + 16 * kPitch)),
-          bias_(b_scale_ + Columns), layer_scale_(bias_ + Columns), a_scale_(layer_scale_ + Columns),
-          segment_rows_(reinterpret_cast<int64_t*>(a_scale_ + 16)) {
-        if (StoreKind == Store::kInt32) return;
-        warp_barrier();  // the columns before these have been read
-        for (int i = lane_id(); i < Columns; i += kWarp) {
-            const int n = first_column_ + i;
-            const bool inside = n < n_;
-            b_scale_[i] = inside ? g_.b_scale[n] : 0.0f;
-            bias_[i] = inside && g_.bias != nullptr ? load_float(g_.bias, g_.bias_dtype, n) : 0.0f;
-            const bool scaled = inside && g_.layer_scale != nullptr;
-            layer_scale_[i] = scaled ? load_float(g_.layer_scale, g_.layer_scale_dtype, n) : 1.0f;
-        }
-        if (StoreKind == Store::kProjection && lane_id() < kBlocks) {
-            segment_rows_[lane_id()] = t_.projection.first_row(first_column_ / t_.head_dim + lane_id());
-        }
-    }
+public:
+    using Any::Any;
 
     // acc: int32 or fp32 sums of MI times 16 rows, the first of them `row_step` apart from first_row on.
     // RowScales: they still want the scale of their row of a.
@@ -59,56 +36,25 @@ public:
             if (kScales && lane_id() < 16) a_scale_[lane_id()] = a_scale;
             VQVIT_UNROLL
             for (int j = 0; j < MI; ++j) {  // constant indices keep accumulators in registers
-                if (j == i) stage(acc[j]);
+                if (j == i) this->stage(acc[j]);
             }
             warp_barrier();
             if (kHasWholeTiles && t_.whole && first_column_ + Columns <= n_ && finish_whole<RowScales, Acc>(first)) {
                 continue;
             }
-            finish_any<RowScales, Acc>(first);
+            this->template finish_any<RowScales, Acc>(first);
         }
     }
 
 private:
     static constexpr bool kHasWholeTiles = Activation != kAnyActivation;
 
-    const GemmTask& t_;
-    const vqvit_gemm& g_;
-    const int n_, first_column_;
-    int32_t* const staging_;
-    float* const b_scale_;  // of the columns, in shared memory: in registers they would crowd out accumulators
-    float* const bias_;
-    float* const layer_scale_;
-    float* const a_scale_;  // of 16 rows
-    int64_t* const segment_rows_;
+    using Base::a_scale_, Base::b_scale_, Base::bias_, Base::first_column_, Base::g_, Base::layer_scale_, Base::n_,
+        Base::t_;
+    using Base::four, Base::kBlocks, Base::lane_column, Base::lane_row, Base::largest_of_row, Base::rows_inside,
+        Base::segment_at, Base::segment_codes, Base::segment_row, Base::store_word;
 
     using Row = float[kBlocks][4];
-
-    VQVIT_DEVICE static int lane_column() { return 4 * (lane_id() % 8); }
-    VQVIT_DEVICE static int lane_row() { return lane_id() / 8; }
-    template <class T>
-    VQVIT_DEVICE static Pack<T, 4>& four(T* columns, int i) {
-        return *reinterpret_cast<Pack<T, 4>*>(columns + 32 * i + lane_column());
-    }
-    VQVIT_DEVICE int rows_inside(int64_t first_row) const {
-        return g_.m - first_row < 16 ? static_cast<int>(g_.m - first_row) : 16;
-    }
-
-    template <class Acc>
-    VQVIT_DEVICE void stage(const Acc (&acc)[Columns / 8][4]) const {
-        VQVIT_UNROLL
-        for (int j = 0; j < Columns / 8; ++j) {
-            VQVIT_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const int word = (lane_id() / 4 + 8 * half) * kPitch + 8 * j + 2 * (lane_id() % 4);
-                *reinterpret_cast<Pack<Acc, 2>*>(staging_ + word) = {{acc[j][2 * half], acc[j][2 * half + 1]}};
-            }
-        }
-    }
-    template <class Acc>
-    VQVIT_DEVICE Pack<Acc, 4>& staged(int row, int i) const {
-        return four(reinterpret_cast<Acc*>(staging_ + row * kPitch), i);
-    }
 
     // ---- whole tiles ------------------------------------------------------------------------------------------------
 
@@ -156,7 +102,7 @@ private:
         const float a_scale = RowScales ? a_scale_[row] : 1.0f;
         VQVIT_UNROLL
         for (int i = 0; i < kBlocks; ++i) {
-            const Pack<Acc, 4> sums = staged<Acc>(row, i);
+            const Pack<Acc, 4> sums = this->template staged<Acc>(row, i);
             const Pack<float, 4> b_scale = four(b_scale_, i), bias = four(bias_, i);
             VQVIT_UNROLL
             for (int e = 0; e < 4; ++e) {
@@ -172,7 +118,7 @@ private:
         VQVIT_NO_UNROLL
         for (int row = lane_row(); row < rows; row += 4, to += 4 * int64_t{n_}) {
             VQVIT_UNROLL
-            for (int i = 0; i < kBlocks; ++i) four(to, i) = staged<int32_t>(row, i);
+            for (int i = 0; i < kBlocks; ++i) four(to, i) = this->template staged<int32_t>(row, i);
         }
     }
 
@@ -201,7 +147,7 @@ private:
                     if (adds_residual) words[i] = *reinterpret_cast<const Words*>(from + 32 * i);
                     std::memcpy(base + i, words + i, sizeof(Words));
                 }
-                from += 4 * g_.residual_stride;
+                if (adds_residual) from += 4 * g_.residual_stride;
             }
             Row y;
             whole_row<RowScales, Acc>(row, y);
@@ -234,11 +180,6 @@ private:
             return max_magnitude(largest_of_columns<First, kHalf>(y), largest_of_columns<First + kHalf, kHalf>(y));
         }
     }
-    VQVIT_DEVICE static float largest_of_row(float largest) {
-        VQVIT_UNROLL
-        for (int mask = 4; mask > 0; mask /= 2) largest = max_magnitude(largest, shuffle_xor(largest, mask));
-        return largest;
-    }
 
     template <bool RowScales, class Acc>
     VQVIT_DEVICE void whole_static_codes(int64_t first_row, const StaticEncoder& encode) const {
@@ -265,8 +206,6 @@ private:
             if (t_.row_sum != nullptr) atomic_add(t_.row_sum + first_row + row, sum);
         }
     }
-
-    VQVIT_DEVICE static void store_word(int8_t* to, uint32_t word) { *reinterpret_cast<uint32_t*>(to) = word; }
 
     // Segments of Count blocks, from block First on.
     template <int First, int Count>
@@ -304,220 +243,6 @@ private:
                 if (lane_id() % 8 == 0) t_.scale[at] = scale[s];
             }
         }
-    }
-
-    // ---- segments: columns of a row that share a scale --------------------------------------------------------------
-
-    // The scale of row m's segment s is number segment_at(s, segment_row(m)).
-    VQVIT_DEVICE int64_t segment_row(int64_t m) const {
-        if (StoreKind == Store::kProjection) return t_.projection.row(m);
-        return m * ((n_ + kGroup - 1) / kGroup);
-    }
-    VQVIT_DEVICE int64_t segment_at(int s, int64_t row_part) const {
-        if (StoreKind == Store::kProjection) return row_part + segment_rows_[s];
-        return row_part + first_column_ / kGroup;
-    }
-    // Where this lane's first codes of it go.
-    VQVIT_DEVICE int8_t* segment_codes(int64_t m, int64_t at, int width) const {
-        const int64_t first = StoreKind == Store::kProjection ? at * width : m * n_ + first_column_;
-        return static_cast<int8_t*>(t_.out) + first + lane_column();
-    }
-
-    // ---- all other tiles --------------------------------------------------------------------------------------------
-
-    // 32 columns at a time. What waits for the row's maximum waits in the place of the accumulators.
-    template <bool RowScales, class Acc>
-    VQVIT_DEVICE void finish_any(int64_t first_row) const {
-        int segment_blocks = kBlocks;
-        if (StoreKind == Store::kProjection) segment_blocks = t_.head_dim / 32;
-        VQVIT_NO_UNROLL
-        for (int row = lane_row(); row < 16; row += 4) {  // all lanes shuffle
-            const int64_t m = first_row + row;
-            VQVIT_NO_UNROLL
-            for (int first = 0, segment = 0; first < kBlocks; first += segment_blocks, ++segment) {
-                float largest = 0.0f;
-                VQVIT_NO_UNROLL
-                for (int i = first; i < first + segment_blocks; ++i) {
-                    if constexpr (StoreKind == Store::kInt32) {
-                        if (m < g_.m) store_four<int32_t>(t_.out, m * n_, i, staged<int32_t>(row, i).at);
-                    } else {
-                        Pack<float, 4> y;
-                        any_four<RowScales, Acc>(row, m, i, y.at);
-                        if (StoreKind == Store::kFloat) {
-                            store_floats(m, i, y.at);
-                        } else {
-                            VQVIT_UNROLL
-                            for (int e = 0; e < 4; ++e) {
-                                largest = max_magnitude(largest, column(i, e) < n_ ? y.at[e] : 0.0f);
-                            }
-                            staged<float>(row, i) = y;
-                        }
-                    }
-                }
-                if constexpr (StoreKind == Store::kStaticCodes) {
-                    any_static_codes(row, m, largest_of_row(largest));
-                } else if constexpr (StoreKind == Store::kGroupCodes || StoreKind == Store::kProjection) {
-                    any_segment(row, m, segment, first, segment_blocks, largest_of_row(largest));
-                }
-            }
-        }
-    }
-
-    VQVIT_DEVICE int column(int i, int e) const { return first_column_ + 32 * i + lane_column() + e; }
-
-    // y of block i of row `row`, which is row m of the result and may be beyond it.
-    template <bool RowScales, class Acc>
-    VQVIT_DEVICE void any_four(int row, int64_t m, int i, float (&y)[4]) const {
-        Pack<Acc, 4> sums = staged<Acc>(row, i);
-        const bool inside = m < g_.m;
-        if constexpr (std::is_same<Acc, int32_t>::value) {
-            if (g_.a_zero != nullptr) add_product(sums.at, inside ? -g_.a_zero[m] : 0, g_.b_sum, i);
-            if (g_.b_zero != nullptr) {
-                int32_t sum = inside ? g_.a_sum[m] : 0;
-                if (g_.a_zero != nullptr && inside) sum -= static_cast<int32_t>(g_.k) * g_.a_zero[m];
-                add_product(sums.at, -sum, g_.b_zero, i);
-            }
-        }
-        const Pack<float, 4> b_scale = four(b_scale_, i), bias = four(bias_, i), layer_scale = four(layer_scale_, i);
-        const float a_scale = RowScales ? a_scale_[row] : 1.0f;
-        float base[4] = {-0.0f, -0.0f, -0.0f, -0.0f};  // adds nothing
-        if (g_.residual != nullptr && inside) load_residual(base, m, i);
-        VQVIT_UNROLL
-        for (int e = 0; e < 4; ++e) y[e] = fmaf(static_cast<float>(sums.at[e]), a_scale * b_scale.at[e], bias.at[e]);
-        activate(y);
-        VQVIT_UNROLL
-        for (int e = 0; e < 4; ++e) y[e] = fmaf(y[e], layer_scale.at[e], base[e]);
-    }
-
-    VQVIT_DEVICE void add_product(int32_t (&sums)[4], int32_t factor, const int32_t* of_columns, int i) const {
-        VQVIT_UNROLL
-        for (int e = 0; e < 4; ++e) {
-            if (column(i, e) < n_) sums[e] += factor * of_columns[column(i, e)];
-        }
-    }
-
-    VQVIT_DEVICE void activate(float (&y)[4]) const {
-        if (Activation != kAnyActivation) return activate_as<Activation>(y);
-        switch (g_.activation) {
-            case VQVIT_GELU:
-                return activate_as<VQVIT_GELU>(y);
-            case VQVIT_GELU_TANH:
-                return activate_as<VQVIT_GELU_TANH>(y);
-            case VQVIT_QUICK_GELU:
-                return activate_as<VQVIT_QUICK_GELU>(y);
-            case VQVIT_SILU:
-                return activate_as<VQVIT_SILU>(y);
-            case VQVIT_RELU:
-                return activate_as<VQVIT_RELU>(y);
-            default:
-                return;
-        }
-    }
-    template <int Kind>
-    VQVIT_DEVICE static void activate_as(float (&y)[4]) {
-        VQVIT_UNROLL
-        for (int e = 0; e < 4; ++e) y[e] = activation<Kind>(y[e]);
-    }
-
-    // Elements 4 columns at a time where n and the address allow, else one by one.
-    template <class T>
-    VQVIT_DEVICE bool as_pack(const T* p, int i) const {
-        return column(i, 4) <= n_ && reinterpret_cast<uintptr_t>(p) % sizeof(Pack<T, 4>) == 0;
-    }
-
-    VQVIT_DEVICE void load_residual(float (&base)[4], int64_t m, int i) const {
-        if (g_.residual_dtype == VQVIT_F16) return load_residual_as<Half>(base, m, i);
-        if (g_.residual_dtype == VQVIT_BF16) return load_residual_as<BFloat16>(base, m, i);
-        load_residual_as<float>(base, m, i);
-    }
-    template <class T>
-    VQVIT_DEVICE void load_residual_as(float (&base)[4], int64_t m, int i) const {
-        const T* from = static_cast<const T*>(g_.residual) + m * g_.residual_stride + column(i, 0);
-        Pack<T, 4> pack = {};
-        if (as_pack(from, i)) {
-            pack = *reinterpret_cast<const Pack<T, 4>*>(from);
-        } else {
-            VQVIT_UNROLL
-            for (int e = 0; e < 4; ++e) {
-                if (column(i, e) < n_) pack.at[e] = from[e];
-            }
-        }
-        VQVIT_UNROLL
-        for (int e = 0; e < 4; ++e) base[e] = to_fp32(pack.at[e]);
-    }
-
-    // Block i of the row that begins at element `start`.
-    template <class T>
-    VQVIT_DEVICE void store_four(void* out, int64_t start, int i, const T (&x)[4]) const {
-        T* to = static_cast<T*>(out) + start + column(i, 0);
-        if (as_pack(to, i)) {
-            *reinterpret_cast<Pack<T, 4>*>(to) = {{x[0], x[1], x[2], x[3]}};
-            return;
-        }
-        VQVIT_UNROLL
-        for (int e = 0; e < 4; ++e) {
-            if (column(i, e) < n_) to[e] = x[e];
-        }
-    }
-    template <class T>
-    VQVIT_DEVICE void store_floats_as(int64_t m, int i, const float (&y)[4]) const {
-        const T x[4] = {from_fp32<T>(y[0]), from_fp32<T>(y[1]), from_fp32<T>(y[2]), from_fp32<T>(y[3])};
-        store_four(t_.out, m * n_, i, x);
-    }
-    VQVIT_DEVICE void store_floats(int64_t m, int i, const float (&y)[4]) const {
-        if (m >= g_.m) return;
-        if (t_.dtype == VQVIT_F16) return store_floats_as<Half>(m, i, y);
-        if (t_.dtype == VQVIT_BF16) return store_floats_as<BFloat16>(m, i, y);
-        store_floats_as<float>(m, i, y);
-    }
-
-    // Codes of block i, of which `to` is the first.
-    VQVIT_DEVICE void store_codes(int8_t* to, int i, uint32_t word) const {
-        if (as_pack(to, i)) return store_word(to, word);
-        VQVIT_UNROLL
-        for (int e = 0; e < 4; ++e) {
-            if (column(i, e) < n_) to[e] = static_cast<int8_t>(word >> 8 * e);
-        }
-    }
-
-    VQVIT_DEVICE void any_static_codes(int row, int64_t m, float largest) const {
-        const StaticEncoder encode(*t_.out_scale);
-        int32_t sum = 0;
-        VQVIT_NO_UNROLL
-        for (int i = 0; i < kBlocks; ++i) {
-            const uint32_t word = encode_4(encode, staged<float>(row, i).at);
-            VQVIT_UNROLL
-            for (int e = 0; e < 4; ++e) sum += column(i, e) < n_ ? static_cast<int8_t>(word >> 8 * e) : 0;
-            if (m < g_.m) store_codes(static_cast<int8_t*>(t_.out) + m * n_ + column(i, 0), i, word);
-        }
-        if (t_.row_sum != nullptr) sum = group_sum<8>(sum);
-        if (m >= g_.m || lane_id() % 8 != 0) return;
-        if (bits_of(largest) >= kInfinityBits) t_.scale[m] = not_a_number();
-        if (t_.row_sum != nullptr) atomic_add(t_.row_sum + m, sum);
-    }
-
-    // Blocks first ... first + blocks: a group, or a head of q, k or v.
-    VQVIT_DEVICE void any_segment(int row, int64_t m, int segment, int first, int blocks, float largest) const {
-        const int start = first_column_ + 32 * first;
-        if (m >= g_.m || start >= n_) return;
-        const int values = 2 * t_.heads * t_.head_dim;  // first column of v
-        if (StoreKind == Store::kProjection && start >= values) {
-            VQVIT_NO_UNROLL
-            for (int i = first; i < first + blocks; ++i) {
-                store_four(t_.v, m * (values / 2) - values, i, staged<float>(row, i).at);
-            }
-            return;
-        }
-        const float scale = symmetric_scale(bits_of(largest));
-        const uint32_t mask = scale == scale ? ~0u : 0u;
-        const Encoder encode = Encoder::in_range(scale);
-        const int64_t at = segment_at(segment, segment_row(m));
-        int8_t* to = segment_codes(m, at, t_.head_dim);
-        VQVIT_NO_UNROLL
-        for (int i = 0; i < blocks; ++i) {
-            store_codes(to + 32 * i, first + i, encode_4(encode, staged<float>(row, first + i).at) & mask);
-        }
-        if (lane_id() % 8 == 0) t_.scale[at] = scale;
     }
 };
 

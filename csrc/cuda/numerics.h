@@ -159,10 +159,13 @@ VQVIT_DEVICE uint32_t encode_4(const Encode& encode, const float* x) {
 
 // Σ of the codes in a word.
 VQVIT_DEVICE int32_t sum_codes(uint32_t word) {
+#ifdef __CUDACC__
+    return __dp4a(static_cast<int>(word), 0x01010101, 0);
+#else
     int32_t sum = 0;
-    VQVIT_UNROLL
     for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(word >> (8 * i));
     return sum;
+#endif
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------

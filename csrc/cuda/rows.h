@@ -257,6 +257,9 @@ struct RowsShape {
     bool vector;
 };
 
+// log2 of the threads of a row that shares a warp: 8, 16 or 32 (team_size).
+VQVIT_DEVICE int lane_bits(int lanes) { return lanes == 8 ? 3 : lanes == 16 ? 4 : 5; }
+
 // The row of this thread. `Held`: one tile, which stays in registers; else tiles, none of them vector tiles, are loaded
 // again in every pass.
 template <int E, bool Held>
@@ -267,7 +270,7 @@ struct Row {
 
     VQVIT_DEVICE explicit Row(const RowsShape& shape)
         : team(shape.threads),
-          index(shape.threads <= kWarp ? (block_x() * kRowsBlock + thread_id()) / shape.threads : block_x()),
+          index(shape.threads <= kWarp ? (block_x() * kRowsBlock + thread_id()) >> lane_bits(shape.threads) : block_x()),
           k(shape.k), inside(index < shape.rows), vector(Held && shape.vector) {}
 
     VQVIT_DEVICE int64_t tile_columns() const { return int64_t{E} * team.count; }

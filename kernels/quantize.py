@@ -275,7 +275,10 @@ def quantize_per_token(x, delta=0.0, equalizer=None, symmetric=True, row_sum=Fal
 
 def quantize_per_group(x, equalizer=None):
     k = x.shape[-1]
-    groups = contract.groups(x if equalizer is None else x.float() * equalizer)
+    if equalizer is not None:
+        x = x.float() * equalizer
+    # Padding copies, even by nothing.
+    groups = contract.groups(x) if k % contract.GROUP else x.unflatten(-1, (-1, contract.GROUP))
     codes, scale, _, _ = quantize_per_token(groups)
     return codes.flatten(-2)[..., :k].contiguous(), scale
 

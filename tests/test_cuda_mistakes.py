@@ -50,7 +50,7 @@ class Mistake:
 
 WGMMA, MMA = "wgmma and gemm and 1024", "mma_sync and gemm and 400"
 
-RING, STAGES, EPILOGUE = "gemm_s8_wgmma.cu", "mma_tiles.h", "gemm_s8.h"
+RING, STAGES, EPILOGUE = "gemm_s8_wgmma.h", "mma_tiles.h", "gemm_s8.h"
 
 MISTAKES = {
     "no_turns": Mistake(RING, "ring.begin_turn(turn);", "", WGMMA, "", 2),

@@ -17,22 +17,24 @@ namespace {
 constexpr int kTileKeys = 64, kWideTileKeys = 32;  // of a streamed tile
 constexpr int kWideChunks = 4;                     // of a block where the head has more
 
-// What a block works on: heads `head` to `head + heads - 1` over the batch, and its warp's first query.
+// What a block works on: heads `head` to `head + heads - 1` of an image, and its warp's first query.
 struct Place {
-    int64_t image, head;
-    int group, groups, heads, first;
+    int64_t image;
+    int head, group, groups, heads, first;
+
+    // The first head, counted over the batch.
+    VQVIT_DEVICE int64_t first_head(const Attention& t) const { return image * t.heads + head; }
 };
 
 template <bool Codes>
 VQVIT_DEVICE Place place(const Attention& t) {
-    const auto blocks = static_cast<int>(ceil_div(t.queries, kBlockRows));
-    const int64_t unit = block_x() / blocks;
-    const int first = static_cast<int>(block_x() % blocks) * kBlockRows + warp_id() * kRows;
-    if (!Codes) return {unit / t.heads, unit, 0, 0, 1, first};
-    const int heads = kGroup / t.head_dim;
-    const auto groups = static_cast<int>(ceil_div(t.heads, heads));
-    const int group = static_cast<int>(unit % groups), left = t.heads - group * heads;
-    return {unit / groups, unit / groups * t.heads + group * heads, group, groups, left < heads ? left : heads, first};
+    const auto block = static_cast<uint32_t>(block_x());
+    const uint32_t unit = t.blocks.quotient(block), image = t.head_units.quotient(unit);
+    const int first = static_cast<int>(block - unit * t.blocks.divisor) * kBlockRows + warp_id() * kRows;
+    const auto group = static_cast<int>(unit - image * t.head_units.divisor);
+    if (!Codes) return {image, group, 0, 0, 1, first};
+    const int head = group * t.group_heads, left = t.heads - head, heads = left < t.group_heads ? left : t.group_heads;
+    return {image, head, group, static_cast<int>(t.head_units.divisor), heads, first};
 }
 
 // ---- resident -------------------------------------------------------------------------------------------------------
@@ -69,12 +71,12 @@ VQVIT_KERNEL(kBlockThreads, Steps <= 13 && Dim > 0 && !Codes ? 3 : 2, attention_
     Group group;
 
     for (int i = 0; i < at.heads; ++i) {
-        const int64_t head = at.head + i, rows = head * t.keys;
+        const int64_t head = at.first_head(t) + i, rows = head * t.keys;
         if (i > 0) block_barrier();
-        copy_rows(shared, stride, t.k + rows * t.head_dim, t.head_dim, t.keys, t.head_dim, t.unit);
+        copy_rows(shared, stride, t.k + rows * t.head_dim, t.head_dim, t.keys, t.copies, t.unit);
         copy_key_scales(scales, t.k_scale + rows, t.keys, steps * kStep);
         copy_async_commit();
-        copy_rows(shared + layout.values, stride, t.v + rows * t.head_dim, t.head_dim, t.keys, t.head_dim, t.unit);
+        copy_rows(shared + layout.values, stride, t.v + rows * t.head_dim, t.head_dim, t.keys, t.copies, t.unit);
         copy_async_commit();
 
         // logits, by groups of four steps, numerators
@@ -134,7 +136,7 @@ VQVIT_KERNEL(kBlockThreads, Steps <= 13 && Dim > 0 && !Codes ? 3 : 2, attention_
                 }
                 const int channel = (chunk + half) * kChunk;
                 to_outputs<kOneInteger>(group.out[half], sums, inverse, t, head, channel);
-                if (!Codes) store_floats(t, head, at.first, channel, group.out[0]);
+                if (!Codes) store_floats(t, at.image, at.head, at.first, channel, group.out[0]);
             }
             if (Codes) {
                 update_largest(group);
@@ -175,14 +177,15 @@ VQVIT_KERNEL(kBlockThreads, Chunks <= 2 && !Codes ? 3 : 2, attention_streaming_k
     unsigned char* shared = shared_memory();
     float* slab = reinterpret_cast<float*>(shared + layout.slab) + warp_id() * kRows * kUnitColumns;
     const int channel = Wide ? static_cast<int>(block_y()) * Chunks * kChunk : 0;
-    const int columns = t.head_dim - channel < Chunks * kChunk ? t.head_dim - channel : Chunks * kChunk;
+    const bool whole_slice = t.head_dim - channel >= Chunks * kChunk;
+    const Divisor& value_copies = !Wide ? t.copies : whole_slice ? t.slice_copies : t.last_slice_copies;
     const auto tiles = static_cast<int>(ceil_div(t.keys, layout.keys));
     const bool active = at.first < t.queries;
     const int heads = Codes && Chunks * kChunk < kGroup ? at.heads : 1;
     Group group;
 
     for (int i = 0; i < heads; ++i) {
-        const int64_t head = at.head + i;
+        const int64_t head = at.first_head(t) + i;
         Softmax softmax = begin_softmax(t, head, at.first);
         int32_t largest = 0;
         uint32_t q[Wide ? 1 : Chunks][4];
@@ -194,12 +197,12 @@ VQVIT_KERNEL(kBlockThreads, Chunks <= 2 && !Codes ? 3 : 2, attention_streaming_k
             const int start = n * layout.keys, left = t.keys - start;
             const int keys = left < layout.keys ? left : layout.keys;
             const int64_t from = (head * t.keys + start) * t.head_dim;
-            copy_rows(to, layout.key_stride, t.k + from, t.head_dim, keys, t.head_dim, t.unit);
+            copy_rows(to, layout.key_stride, t.k + from, t.head_dim, keys, t.copies, t.unit);
             copy_key_scales(
                 reinterpret_cast<float*>(to + layout.scales), t.k_scale + head * t.keys + start, keys, layout.keys);
             if (with_values) {
-                copy_rows(
-                    to + layout.values, layout.value_stride, t.v + from + channel, t.head_dim, keys, columns, t.unit);
+                unsigned char* values = to + layout.values;
+                copy_rows(values, layout.value_stride, t.v + from + channel, t.head_dim, keys, value_copies, t.unit);
             }
             copy_async_commit();
         };
@@ -278,7 +281,7 @@ VQVIT_KERNEL(kBlockThreads, Chunks <= 2 && !Codes ? 3 : 2, attention_streaming_k
         VQVIT_UNROLL
         for (int c = 0; c < Chunks; ++c) {
             to_outputs<false>(group.out[c % 2], sums[c], inverse, t, head, channel + c * kChunk);
-            if (!Codes) store_floats(t, head, at.first, channel + c * kChunk, group.out[c % 2]);
+            if (!Codes) store_floats(t, at.image, at.head, at.first, channel + c * kChunk, group.out[c % 2]);
             if (Codes && c % 2 == 1) {
                 update_largest(group);
                 if (i + 1 < heads || c + 1 < Chunks) spill(group, slab);
@@ -311,10 +314,17 @@ int launch_streaming(const Attention& t, int64_t blocks, void* stream) {
 }
 
 template <bool Codes>
-int attend(const Attention& t, int64_t batch, void* stream) {
+int attend(Attention t, int64_t batch, void* stream) {
     const int64_t heads = Codes ? ceil_div(static_cast<int64_t>(t.heads) * t.head_dim, kGroup) : t.heads;
-    const int64_t blocks = batch * heads * ceil_div(t.queries, kBlockRows);
+    const int64_t blocks_of_head = ceil_div(t.queries, kBlockRows), blocks = batch * heads * blocks_of_head;
     if (blocks == 0) return VQVIT_OK;
+    const int slice = kWideChunks * kChunk, last_slice = t.head_dim % slice;
+    t.group_heads = kGroup / t.head_dim;
+    t.blocks = Divisor(blocks_of_head);
+    t.head_units = Divisor(heads);
+    t.copies = Divisor(t.head_dim / t.unit);
+    t.slice_copies = Divisor(slice / t.unit);
+    t.last_slice_copies = Divisor(last_slice / t.unit);
     const auto dims = static_cast<int>(round_up(t.head_dim, kChunk));
     const bool longer = t.keys > kResidentSteps * kStep;
     const int bytes = ResidentLayout(t.keys, dims, Codes).bytes;

@@ -17,7 +17,7 @@
 
 #include <climits>
 
-#include "device.h"
+#include "divisor.h"
 #include "numerics.h"
 
 namespace vqvit {
@@ -33,6 +33,11 @@ struct Attention {
     int dtype;
     int8_t* codes;  // (batch, queries, heads, head_dim)
     float* scale;   // (batch, queries, ceil(heads · head_dim / 128))
+    int group_heads;     // heads of 128 columns
+    Divisor blocks;      // of 64 queries
+    Divisor head_units;  // heads of an image, or its groups of heads whose codes share a scale
+    Divisor copies;      // of a row of k or v, `unit` bytes each
+    Divisor slice_copies, last_slice_copies;  // of a row of a slice of v
 };
 
 constexpr int kWarps = 4;          // of a block
@@ -52,10 +57,12 @@ VQVIT_HOST_DEVICE int row_stride(int64_t dims) { return static_cast<int>(round_u
 // ---- staging --------------------------------------------------------------------------------------------------------
 
 template <int Unit>
-VQVIT_DEVICE void copy_rows_by(unsigned char* to, int stride, const int8_t* from, int dim, int rows, int columns) {
-    const int units = columns / Unit, thread = thread_id();
-    int row = thread / units, unit = thread % units;
-    const int row_step = kBlockThreads / units, unit_step = kBlockThreads % units;
+VQVIT_DEVICE void copy_rows_by(
+    unsigned char* to, int stride, const int8_t* from, int dim, int rows, const Divisor& copies) {
+    const auto units = static_cast<int>(copies.divisor), thread = thread_id();
+    const auto row_step = static_cast<int>(copies.quotient(kBlockThreads)), unit_step = kBlockThreads - row_step * units;
+    auto row = static_cast<int>(copies.quotient(static_cast<uint32_t>(thread)));
+    int unit = thread - row * units;
     while (row < rows) {
         unsigned char* target = to + row * stride + unit * Unit;
         const int8_t* source = from + static_cast<int64_t>(row) * dim + unit * Unit;
@@ -71,15 +78,15 @@ VQVIT_DEVICE void copy_rows_by(unsigned char* to, int stride, const int8_t* from
     }
 }
 
-// `columns` bytes of each of `rows` rows, `dim` apart in memory and `stride` apart in shared memory.
+// `copies` units of each of `rows` rows, `dim` apart in memory and `stride` apart in shared memory.
 VQVIT_DEVICE void copy_rows(
-    unsigned char* to, int stride, const int8_t* from, int dim, int rows, int columns, int unit) {
+    unsigned char* to, int stride, const int8_t* from, int dim, int rows, const Divisor& copies, int unit) {
     if (unit == 16) {
-        copy_rows_by<16>(to, stride, from, dim, rows, columns);
+        copy_rows_by<16>(to, stride, from, dim, rows, copies);
     } else if (unit == 4) {
-        copy_rows_by<4>(to, stride, from, dim, rows, columns);
+        copy_rows_by<4>(to, stride, from, dim, rows, copies);
     } else {
-        copy_rows_by<1>(to, stride, from, dim, rows, columns);
+        copy_rows_by<1>(to, stride, from, dim, rows, copies);
     }
 }
 
@@ -187,9 +194,8 @@ VQVIT_DEVICE uint32_t numerator(float x) {
     const float coefficients[] = {VQVIT_NUMERATOR_COEFFICIENTS};
     x = fmaxf(x, kExp2Min);
     const float shifted = x + kMagic;
-    const float power = from_bits((bits_of(shifted) << 23) + 0x3f800000);
     const float steps = polynomial(x - (shifted - kMagic), coefficients);
-    return static_cast<uint32_t>(bits_of(fmaf(steps, power, kMagic)));
+    return static_cast<uint32_t>(bits_of(fmaf(steps, pow2_of_shifted(shifted), kMagic)));
 }
 
 // Logits of 16 keys to this lane's words of both digits, for either query.

@@ -26,13 +26,15 @@ VQVIT_DEVICE void store_four(void* out, int64_t at, const float (&x)[4], int val
     }
 }
 
-VQVIT_DEVICE void store_floats(const Attention& t, int64_t head, int first, int channel, const Outputs& out) {
+// Of head `head` of an image, whose columns begin at `channel`.
+VQVIT_DEVICE void store_floats(
+    const Attention& t, int64_t image, int head, int first, int channel, const Outputs& out) {
     VQVIT_UNROLL
     for (int i = 0; i < 4; ++i) {
         const int j = i / 2, r = i % 2;
         const int row = first + lane_id() / 4 + 8 * r, column = channel + 16 * j + 4 * (lane_id() % 4);
         if (row >= t.queries) continue;
-        const int64_t at = ((head / t.heads * t.queries + row) * t.heads + head % t.heads) * t.head_dim + column;
+        const int64_t at = ((image * t.queries + row) * t.heads + head) * t.head_dim + column;
         const int valid = t.head_dim - column;
         if (t.dtype == VQVIT_F32) {
             store_four<float>(t.out, at, out[j][r], valid, t.vector);
@@ -79,13 +81,7 @@ VQVIT_DEVICE void store_codes(
             const int chunk = i / 4, j = i / 2 % 2, r = i % 2;
             const int row = first + lane_id() / 4 + 8 * r;
             const int column = kGroup * index + kUnitColumns * unit + kChunk * chunk + 16 * j + 4 * (lane_id() % 4);
-            const float(&x)[4] = group.out[chunk][j][r];
-            uint32_t word = 0;
-            VQVIT_UNROLL
-            for (int c = 0; c < 4; ++c) {
-                const float value = scale[r] == scale[r] ? x[c] : 0.0f;
-                word |= uint32_t{static_cast<uint8_t>(encode[r](value))} << 8 * c;
-            }
+            const uint32_t word = encode_4(encode[r], group.out[chunk][j][r]) & (scale[r] == scale[r] ? ~0u : 0u);
             if (row >= t.queries) continue;
             int8_t* p = t.codes + (image * t.queries + row) * t.heads * t.head_dim + column;
             if (t.vector) {

@@ -375,6 +375,18 @@ VQVIT_DEVICE BFloat16 from_fp32<BFloat16>(float x) {
 }
 #endif
 
+// The larger of |a| and |b|; NaN if either is, with a clear sign.
+VQVIT_DEVICE float max_magnitude(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    float largest;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(largest) : "f"(fabsf(a)), "f"(fabsf(b)));
+    return largest;
+#else
+    const int32_t a_bits = bits_of(a) & 0x7fffffff, b_bits = bits_of(b) & 0x7fffffff;
+    return from_bits(a_bits > b_bits ? a_bits : b_bits);
+#endif
+}
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 // Status of a launch on `stream` of `grid` blocks: VQVIT_OK, or VQVIT_CUDA_ERROR with the reason kept for

@@ -6,7 +6,7 @@
 // products of the same tiles share one loop: each tile is copied once, and one int32 accumulator serves each power of
 // 1 / 254.
 // Operations: 2 · M · N · K int8 for each product. Bytes: twice those of the plain GEMM with both residuals.
-#include "gemm_s8.h"
+#include "gemm_s8_epilogue.h"
 #include "library.h"
 #include "mma_tiles.h"
 
@@ -18,8 +18,10 @@ constexpr int kNJ = 8, kRows = 16 * kWarps, kColumns = 8 * kNJ;
 constexpr int kOperandBytes = kRows * kBlockK;
 constexpr int kStageBytes = 4 * kOperandBytes;  // a, its residual, b, its residual
 static_assert(kRows == kColumns, "the four operands of a stage have one size");
-using Finish = Epilogue<kColumns>;
-static_assert(kWarps * Finish::kStagingBytes <= kStages * kStageBytes, "the epilogue takes the place of the stages");
+template <int Activation>
+using Finish = Epilogue<kColumns, Store::kFloat, Activation>;
+constexpr int kStagingBytes = Finish<VQVIT_NONE>::kStagingBytes;
+static_assert(kWarps * kStagingBytes <= kStages * kStageBytes, "the epilogue takes the place of the stages");
 
 enum Term { kResidualA = 1, kResidualB = 2, kBothResiduals = 4 };
 
@@ -31,11 +33,13 @@ struct CompensatedTask {
     float first_order, second_order;
 };
 
+template <int Activation>
 VQVIT_KERNEL(kThreads, 1, compensated_gemm_kernel, const CompensatedTask task) {
     const vqvit_gemm& g = task.gemm.g;
     auto* stages = reinterpret_cast<int8_t*>(shared_memory());
-    const TileIndex tile = tile_index(block_x(), ceil_div(g.m, kRows), ceil_div(g.n, kColumns));
-    const int64_t first_row = tile.row * kRows, first_column = tile.column * kColumns;
+    const TileIndex tile = task.gemm.tiles[static_cast<uint32_t>(block_x())];
+    const int64_t first_row = int64_t{tile.row} * kRows;
+    const int first_column = tile.column * kColumns;
     const int warp_row = 16 * warp_id();
     const bool reads_a_residual = (task.terms & (kResidualA | kBothResiduals)) != 0;
     const bool reads_b_residual = (task.terms & (kResidualB | kBothResiduals)) != 0;
@@ -74,8 +78,8 @@ VQVIT_KERNEL(kThreads, 1, compensated_gemm_kernel, const CompensatedTask task) {
             sum[0][j][i] = y;
         }
     }
-    Finish finish(task.gemm, first_column, shared_memory() + warp_id() * Finish::kStagingBytes);
-    finish(sum, first_row + warp_row);
+    Finish<Activation> epilogue(task.gemm, first_column, shared_memory() + warp_id() * kStagingBytes);
+    epilogue.template finish<true>(sum, first_row + warp_row, 16);
 }
 
 }  // namespace
@@ -92,17 +96,17 @@ int vqvit_cuda_int8_linear_compensated(
     if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (terms < 0 || terms > (kResidualA | kResidualB | kBothResiduals)) return VQVIT_UNKNOWN_MODE;
     CompensatedTask task = {};
-    task.gemm.g = *gemm;
-    task.gemm.store = Store::kFloat;
-    task.gemm.out = y;
-    task.gemm.dtype = dtype;
+    task.gemm = float_task(*gemm, y, dtype);
+    task.gemm.tiles = Tiles(gemm->m, gemm->n, kRows, kColumns);
     task.a_residual = a_residual;
     task.b_residual = b_residual;
     task.terms = terms;
     task.first_order = first_order;
     task.second_order = second_order;
-    const auto tiles = static_cast<unsigned>(ceil_div(gemm->m, kRows) * ceil_div(gemm->n, kColumns));
-    return launch(compensated_gemm_kernel, Dim3(tiles), kThreads, kStages * kStageBytes, stream, task);
+    const auto kernel = gemm->activation == VQVIT_NONE   ? compensated_gemm_kernel<VQVIT_NONE>
+                        : gemm->activation == VQVIT_GELU ? compensated_gemm_kernel<VQVIT_GELU>
+                                                         : compensated_gemm_kernel<kAnyActivation>;
+    return launch(kernel, Dim3(task.gemm.tiles.count()), kThreads, kStages * kStageBytes, stream, task);
 }
 
 }  // extern "C"

@@ -12,6 +12,10 @@ int multiprocessors();
 int compute_capability();
 
 inline bool known_dtype(int dtype) { return dtype >= VQVIT_F32 && dtype <= VQVIT_BF16; }
+inline int64_t bytes_of(int dtype) { return dtype == VQVIT_F32 ? 4 : 2; }
+inline bool aligned(const void* p, int64_t bytes) {
+    return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
+}
 
 // The status of a GEMM's types and activation.
 inline int checked(const vqvit_gemm& g) {

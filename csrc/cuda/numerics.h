@@ -14,16 +14,25 @@ constexpr int32_t kNotANumberBits = 0x7fc00000;
 VQVIT_DEVICE float not_a_number() { return from_bits(kNotANumberBits); }
 
 // Round half to even of |x| <= 2^22.
-VQVIT_DEVICE int32_t rne_int(float x) { return bits_of(x + kMagic) - kMagicBits; }
-// The same for |x| < 127.5: the code is the low byte. A NaN has no code: the twin gives it the low byte of a GPU's NaN.
-VQVIT_DEVICE int8_t rne_int8(float x) {
-#ifndef __CUDACC__
-    if (x != x) return -1;
-#endif
-    return static_cast<int8_t>(bits_of(x + kMagic));
+VQVIT_DEVICE int32_t rne_int(float x) {
+    return static_cast<int32_t>(static_cast<uint32_t>(bits_of(x + kMagic)) - kMagicBits);  // wraps where x has no integer
 }
-// int32 |x| < 2^22 as fp32, several times faster than the conversion instruction.
-VQVIT_DEVICE float small_int_to_fp32(int32_t x) { return from_bits(x + kMagicBits) - kMagic; }
+// The same for |x| < 127.5: the code is the low byte. A NaN has no code: the twin gives it the low byte of a GPU's NaN.
+VQVIT_DEVICE uint32_t rne_byte(float x) {
+#ifndef __CUDACC__
+    if (x != x) return 0xff;
+#endif
+    return static_cast<uint32_t>(bits_of(x + kMagic));
+}
+VQVIT_DEVICE int8_t rne_int8(float x) { return static_cast<int8_t>(rne_byte(x)); }
+// int32 |x| < 2^22 as fp32. Below sm_86 the conversion instruction takes four times as long as an addition.
+VQVIT_DEVICE float small_int_to_fp32(int32_t x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
+    return static_cast<float>(x);
+#else
+    return from_bits(x + kMagicBits) - kMagic;
+#endif
+}
 // 2^e for -126 <= e <= 127.
 VQVIT_DEVICE float pow2(int32_t e) { return from_bits((e + 127) << 23); }
 
@@ -36,13 +45,17 @@ VQVIT_DEVICE float polynomial(float x, const float (&c)[N]) {
     return value;
 }
 
+// 2^n for n + kMagic, whose own bits leave on the left.
+VQVIT_DEVICE float pow2_of_shifted(float shifted) {
+    return from_bits(static_cast<int32_t>((static_cast<uint32_t>(bits_of(shifted)) << 23) + 0x3f800000u));
+}
+
 // 2^x for x <= 126; below -126 counts as -126; NaN stays NaN.
 VQVIT_DEVICE float exp2(float x) {
     const float coefficients[] = {VQVIT_EXP2_COEFFICIENTS};
     x = x < kExp2Min ? kExp2Min : x;
     const float shifted = x + kMagic;
-    const float power = from_bits((bits_of(shifted) << 23) + 0x3f800000);  // the bits of kMagic leave on the left
-    return polynomial(x - (shifted - kMagic), coefficients) * power;
+    return polynomial(x - (shifted - kMagic), coefficients) * pow2_of_shifted(shifted);
 }
 
 // 1 / (1 + 2^(-x log2 e)).
@@ -88,9 +101,14 @@ VQVIT_DEVICE float scale_of(float span, float steps) {
     return scale < kScaleMin ? kScaleMin : scale;
 }
 
-// Scale of a row whose largest magnitude has these bits: NaN if it is not finite.
+// Scale of a row whose largest magnitude has these bits: NaN if it is not finite. x / 127 is rounded correctly without
+// a division: once by the reciprocal, then by the exact remainder (every significand was tried; what underflows is
+// below the smallest scale).
 VQVIT_DEVICE float symmetric_scale(int32_t absmax_bits) {
-    return absmax_bits < kInfinityBits ? scale_of(from_bits(absmax_bits), kQMax) : not_a_number();
+    constexpr float kReciprocal = 1.0f / kQMax;
+    const float x = from_bits(absmax_bits), quotient = x * kReciprocal;
+    const float scale = fmaxf(fmaf(fmaf(-quotient, kQMax, x), kReciprocal, quotient), kScaleMin);
+    return absmax_bits < kInfinityBits ? scale : not_a_number();
 }
 
 // clamp(rne(x / scale), -127, 127); NaN becomes 0.
@@ -104,17 +122,15 @@ VQVIT_DEVICE int8_t to_code(float x, float scale) {
 struct Encoder {
     float scale, reciprocal;
 
-    // For rows with |x| <= 127 · scale and 1e-8 <= scale < 2^126; a scale of NaN makes every code 0.
-    VQVIT_DEVICE static Encoder in_range(float scale) {
-        if (scale != scale) return {0.0f, 0.0f};
-        return {scale, 1.0f / scale};
-    }
+    // For rows with |x| <= 127 · scale and 1e-8 <= scale < 2^126. Codes of a scale of NaN mean nothing: callers mask them.
+    VQVIT_DEVICE static Encoder in_range(float scale) { return {scale, 1.0f / scale}; }
 
-    // |x / scale| < 127.5 and finite; any finite x if the scale was NaN.
-    VQVIT_DEVICE int8_t operator()(float x) const {
+    // The code in the low byte. |x / scale| < 127.5.
+    VQVIT_DEVICE uint32_t byte(float x) const {
         const float quotient = x * reciprocal;
-        return rne_int8(fmaf(fmaf(-quotient, scale, x), reciprocal, quotient));
+        return rne_byte(fmaf(fmaf(-quotient, scale, x), reciprocal, quotient));
     }
+    VQVIT_DEVICE int8_t operator()(float x) const { return static_cast<int8_t>(byte(x)); }
 };
 
 // Codes for one scale > 0 and any x; NaN becomes 0. Between the bounds neither the reciprocal nor a remainder
@@ -128,11 +144,29 @@ struct StaticEncoder {
         : scale(scale_), limit(scale_ * kQMax), encoder(Encoder::in_range(scale_)),
           divides(!(scale_ >= 0x1p-64f && scale_ <= 0x1p100f)) {}
 
-    VQVIT_DEVICE int8_t operator()(float x) const {
-        if (divides) return to_code(x, scale);
-        return encoder(x == x ? fminf(fmaxf(x, -limit), limit) : 0.0f);
+    VQVIT_DEVICE uint32_t byte(float x) const {
+        if (divides) return static_cast<uint8_t>(to_code(x, scale));
+        return encoder.byte(x == x ? fminf(fmaxf(x, -limit), limit) : 0.0f);
     }
 };
+
+// Codes of four values, the first one in the lowest byte.
+template <class Encode>
+VQVIT_DEVICE uint32_t encode_4(const Encode& encode, const float* x) {
+    const uint32_t front = permute_bytes(encode.byte(x[0]), encode.byte(x[1]), 0x0040);
+    return permute_bytes(front, permute_bytes(encode.byte(x[2]), encode.byte(x[3]), 0x0040), 0x5410);
+}
+
+// Σ of the codes in a word.
+VQVIT_DEVICE int32_t sum_codes(uint32_t word) {
+#ifdef __CUDACC__
+    return __dp4a(static_cast<int>(word), 0x01010101, 0);
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(word >> (8 * i));
+    return sum;
+#endif
+}
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@
 // token (magnitude, maximum, five for the code, its share of packing), 10 static, 20 with a zero point, which divides,
 // and 10 more with δ. A row is read once if it has at most 8192 to 16384 columns, else once a pass, from L2.
 // Grid: a block of whole rows, or a row; groups and residual codes: (rows, tiles of a row).
+#include "divisor.h"
 #include "quantize_rows.h"
 
 namespace vqvit {
@@ -12,34 +13,21 @@ namespace {
 
 // ---- images ---------------------------------------------------------------------------------------------------------
 
-// n / divisor for 0 <= n < 2^31 by a multiplication (Granlund & Montgomery 1994).
-struct Divisor {
-    uint32_t divisor, multiplier;
-    int shift;
-
-    explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d)), shift(31) {
-        for (int64_t power = 1; power < d; power *= 2) ++shift;
-        multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
-    }
-    VQVIT_DEVICE uint32_t quotient(uint32_t n) const {
-        return static_cast<uint32_t>((uint64_t{n} * multiplier) >> shift);
-    }
-};
-
 // Row m is patch (image, y, x) in raster order, column c pixel (channel, dy, dx) of it.
 struct Patches {
     const void* pixels;
     int dtype;
-    int64_t image_stride, channel_stride, y_stride, x_stride, grid_height, grid_width;
-    Divisor patch_area, patch_height, patch_width;
+    int64_t image_stride, channel_stride, y_stride, x_stride;
+    Divisor grid_height, grid_width, patch_area, patch_height, patch_width;
 
     static constexpr bool kPlain = true;
 
     template <int E>
     VQVIT_DEVICE void load(int64_t row, int64_t first, const Tile& tile, float (&x)[E]) const {
-        const int64_t line = row / grid_width, image = line / grid_height;
-        const int64_t left = (row - line * grid_width) * patch_width.divisor;
-        const int64_t top = (line - image * grid_height) * patch_height.divisor;
+        const auto index = static_cast<uint32_t>(row);
+        const uint32_t line = grid_width.quotient(index), image = grid_height.quotient(line);
+        const int64_t left = int64_t{index - line * grid_width.divisor} * patch_width.divisor;
+        const int64_t top = int64_t{line - image * grid_height.divisor} * patch_height.divisor;
         const int64_t corner = image * image_stride + top * y_stride + left * x_stride;
         with_dtype(pixels, dtype, [&](const auto* p) {
             const auto address = [&](int column) {
@@ -163,15 +151,19 @@ int vqvit_cuda_patchify_quantize(
     float* scale, void* stream) {
     if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     const int64_t grid_height = height / patch_height, grid_width = width / patch_width;
-    const int64_t rows = batch * grid_height * grid_width, k = channels * patch_height * patch_width;
-    const Patches source = {
-        pixels, dtype, strides[0], strides[1], strides[2], strides[3], grid_height, grid_width,
+    const int64_t rows_of_image = grid_height * grid_width, k = channels * patch_height * patch_width;
+    Patches source = {
+        pixels, dtype, strides[0], strides[1], strides[2], strides[3], Divisor(grid_height), Divisor(grid_width),
         Divisor(patch_height * patch_width), Divisor(patch_height), Divisor(patch_width)};
     const bool octets_in_lines = patch_width % kOctet == 0 && strides[3] == 1;
     const bool vector = octets_in_lines && vector_rows(pixels, dtype, strides[0]) &&
                         vector_rows(pixels, dtype, strides[1]) && vector_rows(pixels, dtype, strides[2]);
-    const Codes out = {codes, scale, nullptr, nullptr, nullptr, 0.0f};
-    return quantize_rows<3>(source, equalizer, rows, k, vector, out, stream);
+    return in_parts(batch, rows_of_image, [&](int64_t first, int64_t images) {
+        source.pixels = static_cast<const char*>(pixels) + first * strides[0] * bytes_of(dtype);
+        const int64_t row = first * rows_of_image;
+        const Codes out = {codes + row * k, scale + row, nullptr, nullptr, nullptr, 0.0f};
+        return quantize_rows<3>(source, equalizer, images * rows_of_image, k, vector, out, stream);
+    });
 }
 
 int vqvit_cuda_quantize_per_group(

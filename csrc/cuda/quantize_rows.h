@@ -14,11 +14,11 @@ struct DividingEncoder {
     float scale;
     int32_t zero_point;
 
-    VQVIT_DEVICE int8_t operator()(float x) const {
+    VQVIT_DEVICE uint32_t byte(float x) const {
         const float quotient = x / scale;
         const int32_t steps = quotient == quotient ? rne_int(fminf(fmaxf(quotient, -512.0f), 512.0f)) : 0;
         const int32_t code = steps + zero_point;  // both ends are beyond the codes for every zero point
-        return static_cast<int8_t>(code < -127 ? -127 : code > 127 ? 127 : code);
+        return static_cast<uint32_t>(code < -127 ? -127 : code > 127 ? 127 : code);
     }
 };
 
@@ -95,10 +95,6 @@ VQVIT_DEVICE void quantize_row(Row<E, Held>& row, float (&x)[E], const Load& loa
 
 constexpr int64_t kMaxGridY = 65535;
 
-inline int64_t bytes_of(int dtype) { return dtype == VQVIT_F32 ? 4 : 2; }
-inline bool aligned(const void* p, int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
-}
 inline bool vector_rows(const void* p, int dtype, int64_t stride) {
     return aligned(p, 16) && stride * bytes_of(dtype) % 16 == 0;
 }
@@ -179,6 +175,17 @@ VQVIT_KERNEL(
     };
     if (Held) load(x, 0);
     quantize_row(row, x, load, out);
+}
+
+// run(first image, images) for the images of a batch, in parts of less than 2^31 rows, which a Divisor takes; until a
+// status is not VQVIT_OK.
+template <class Run>
+int in_parts(int64_t batch, int64_t rows_of_image, const Run& run) {
+    const int64_t most = rows_of_image > 0 ? INT32_MAX / rows_of_image : batch;
+    for (int64_t first = 0; first < batch && most > 0; first += most) {
+        if (const int status = run(first, smaller(batch - first, most))) return status;
+    }
+    return VQVIT_OK;
 }
 
 // `vector`: whether the source allows vector tiles.

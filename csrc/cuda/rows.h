@@ -153,14 +153,6 @@ VQVIT_DEVICE void round_and_store_tile(T* p, const Tile& tile, float (&x)[E]) {
 
 // ---- codes of a tile: words of four ---------------------------------------------------------------------------------
 
-template <class Encode>
-VQVIT_DEVICE uint32_t encode_4(const Encode& encode, const float* x) {
-    uint32_t word = 0;
-    VQVIT_UNROLL
-    for (int i = 0; i < 4; ++i) word |= uint32_t{static_cast<uint8_t>(encode(x[i]))} << (8 * i);
-    return word;
-}
-
 template <class Encode, int E>
 VQVIT_DEVICE void encode_tile(const Encode& encode, const float (&x)[E], uint32_t (&words)[E / 4]) {
     VQVIT_UNROLL
@@ -174,14 +166,6 @@ VQVIT_DEVICE void encode_tile_in_loop(const Encode& encode, float (&x)[E], uint3
         const uint32_t pair[] = {encode_4(encode, octet), encode_4(encode, octet + 4)};
         rotate<2>(words, pair);
     });
-}
-
-// Σ of the codes in a word.
-VQVIT_DEVICE int32_t sum_codes(uint32_t word) {
-    int32_t sum = 0;
-    VQVIT_UNROLL
-    for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(word >> (8 * i));
-    return sum;
 }
 
 template <int Words>
@@ -273,6 +257,9 @@ struct RowsShape {
     bool vector;
 };
 
+// log2 of the threads of a row that shares a warp: 8, 16 or 32 (team_size).
+VQVIT_DEVICE int lane_bits(int lanes) { return lanes == 8 ? 3 : lanes == 16 ? 4 : 5; }
+
 // The row of this thread. `Held`: one tile, which stays in registers; else tiles, none of them vector tiles, are loaded
 // again in every pass.
 template <int E, bool Held>
@@ -283,7 +270,7 @@ struct Row {
 
     VQVIT_DEVICE explicit Row(const RowsShape& shape)
         : team(shape.threads),
-          index(shape.threads <= kWarp ? (block_x() * kRowsBlock + thread_id()) / shape.threads : block_x()),
+          index(shape.threads <= kWarp ? (block_x() * kRowsBlock + thread_id()) >> lane_bits(shape.threads) : block_x()),
           k(shape.k), inside(index < shape.rows), vector(Held && shape.vector) {}
 
     VQVIT_DEVICE int64_t tile_columns() const { return int64_t{E} * team.count; }
@@ -338,26 +325,23 @@ template <int E, bool Held, class Load>
 VQVIT_DEVICE Moments row_moments(Row<E, Held>& row, float (&x)[E], const Load& load, int32_t absmax_bits) {
     const int32_t exponent = grid_exponent(absmax_bits);
     const float per_unit = pow2(kMeanGridBits - exponent);
-    int64_t sum = 0;
+    uint64_t sum = 0;  // unsigned: a row with NaN or Inf has no sum, and its sums may overflow
     row.each(x, load, [&](const float (&v)[E], int64_t) {
-        int32_t tile_sum = 0;  // E steps of at most 2^21
+        uint32_t tile_sum = 0;  // E steps of at most 2^21
         VQVIT_UNROLL
-        for (int i = 0; i < E; ++i) tile_sum += rne_int(v[i] * per_unit);
-        sum += tile_sum;
+        for (int i = 0; i < E; ++i) tile_sum += static_cast<uint32_t>(rne_int(v[i] * per_unit));
+        sum += static_cast<uint64_t>(static_cast<int32_t>(tile_sum));
     });
-    const float mean = grid_mean(row.team.sum(sum), row.k, exponent, 1);
+    const float mean = grid_mean(static_cast<int64_t>(row.team.sum(sum)), row.k, exponent, 1);
 
-    int64_t squares = 0;
+    const auto squared = [](int64_t steps) { return static_cast<uint64_t>(steps * steps); };
+    uint64_t squares = 0;
     row.each(x, load, [&](const float (&v)[E], int64_t) {
         VQVIT_UNROLL
-        for (int i = 0; i < E; ++i) {
-            const int32_t steps = rne_int((v[i] - mean) * per_unit);
-            squares += int64_t{steps} * steps;
-        }
+        for (int i = 0; i < E; ++i) squares += squared(rne_int((v[i] - mean) * per_unit));
     });
-    const int64_t mean_steps = rne_int(mean * per_unit);
-    squares = row.team.sum(squares) - row.padding() * mean_steps * mean_steps;
-    return {mean, grid_mean(squares, row.k, exponent, 2)};
+    const uint64_t padding = static_cast<uint64_t>(row.padding()) * squared(rne_int(mean * per_unit));
+    return {mean, grid_mean(static_cast<int64_t>(row.team.sum(squares) - padding), row.k, exponent, 2)};
 }
 
 }  // namespace vqvit

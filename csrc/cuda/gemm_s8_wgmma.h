@@ -8,34 +8,35 @@
 // pass at the wrong fill: tests/test_ring_protocol.py shows it.
 // With group scales a stage is a group: its products land in one of two sets of registers, and while the next stage is
 // multiplied into the other one, they are promoted to fp32.
-// Shared memory: stages, swizzled over 128 bytes as wgmma reads them, and 8.5 KiB for each consumer warp's epilogue.
+// Shared memory: stages, swizzled over 128 bytes as wgmma reads them, and 10.1 KiB for each consumer warp's epilogue.
 // Operations: 2 · M · N · K int8. Bytes: (64 · MI + 128) · K a tile from L2.
-#include "gemm_s8.h"
+#pragma once
+
+#include "gemm_s8_epilogue.h"
 #include "hopper.h"
 #include "library.h"
 
 namespace vqvit {
-namespace {
 
 constexpr int kColumns = kWgmmaColumns, kStageK = kSwizzleBytes;
 constexpr int kConsumers = 2, kConsumerWarps = 4;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;  // 2 · 240 + 24 <= 65536 / 128
-using Finish = Epilogue<kColumns>;
+constexpr int kStagingBytes = Epilogue<kColumns, Store::kInt32, VQVIT_NONE>::kStagingBytes;  // of every kind
 
 template <int MI>
 struct Ring {
     static constexpr int kRows = 64 * MI;
     static constexpr int kStageBytes = (kRows + kColumns) * kStageK;
     static constexpr int kStages = MI == 1 ? 6 : 4;
-    static constexpr int kStagingBytes = kConsumers * kConsumerWarps * Finish::kStagingBytes;
+    static constexpr int kAllStagingBytes = kConsumers * kConsumerWarps * kStagingBytes;
     static constexpr int kBarriers = 2 * kStages + kConsumers;
     static constexpr int kSharedBytes =
-        kStages * kStageBytes + kStagingBytes + kBarriers * static_cast<int>(sizeof(SharedBarrier));
+        kStages * kStageBytes + kAllStagingBytes + kBarriers * static_cast<int>(sizeof(SharedBarrier));
 
     int8_t* stages = reinterpret_cast<int8_t*>(shared_memory());
     unsigned char* staging = shared_memory() + kStages * kStageBytes;
-    SharedBarrier* full = reinterpret_cast<SharedBarrier*>(staging + kStagingBytes);
+    SharedBarrier* full = reinterpret_cast<SharedBarrier*>(staging + kAllStagingBytes);
     SharedBarrier* empty = full + kStages;
     SharedBarrier* turns = empty + kStages;  // of the consumers: a phase ends when the other has waited for its stages
 
@@ -98,19 +99,12 @@ VQVIT_DEVICE void wait_all(int32_t (&acc)[MI][kColumns / 8][4]) {
     for (int i = 0; i < MI; ++i) wgmma_wait<GroupsLeft>(acc[i]);
 }
 
-// Rows 64 i + 16 w ... of a tile are the fragments acc[i] of warp w.
-template <int MI, class Acc>
-VQVIT_DEVICE void finish_tile(Finish& finish, Acc (&acc)[MI][kColumns / 8][4], int64_t first_row) {
-    const int warp = thread_id() % kWarpgroup / kWarp;
-    VQVIT_UNROLL
-    for (int i = 0; i < MI; ++i) {
-        finish(reinterpret_cast<Acc(&)[1][kColumns / 8][4]>(acc[i]), first_row + 64 * i + 16 * warp);
-    }
-}
+// First row of the fragments acc[0] of this warp; those of acc[i] are 64 i further down.
+VQVIT_DEVICE int warp_row() { return 16 * (thread_id() % kWarpgroup / kWarp); }
 
 // One scale a row: sums of the whole of K.
-template <int MI>
-VQVIT_DEVICE void plain_tile(const Ring<MI>& ring, Finish& finish, int64_t first_row, int turn, int steps) {
+template <int MI, class Finish>
+VQVIT_DEVICE void plain_tile(const Ring<MI>& ring, Finish& epilogue, int64_t first_row, int turn, int steps) {
     const int first_use = turn * steps;
     int32_t acc[MI][kColumns / 8][4];
     ring.begin_turn(turn);
@@ -123,15 +117,16 @@ VQVIT_DEVICE void plain_tile(const Ring<MI>& ring, Finish& finish, int64_t first
     ring.end_turn(turn);
     wait_all<0>(acc);
     ring.release(first_use + steps - 1);
-    finish_tile(finish, acc, first_row);
+    epilogue.template finish<true>(acc, first_row + warp_row(), 64);
 }
 
 // A scale for each row and stage.
+template <class Finish>
 VQVIT_DEVICE void grouped_tile(
-    const GemmTask& task, const Ring<1>& ring, Finish& finish, int64_t first_row, int turn, int steps) {
+    const GemmTask& task, const Ring<1>& ring, Finish& epilogue, int64_t first_row, int turn, int steps) {
     const int first_use = turn * steps;
     const int64_t groups = ceil_div(task.g.k, kGroup);
-    const int64_t row = first_row + 16 * (thread_id() % kWarpgroup / kWarp) + lane_id() / 4;
+    const int64_t row = first_row + warp_row() + lane_id() / 4;
     const auto scale_of = [&](int64_t m, int step) { return m < task.g.m ? task.g.a_scale[m * groups + step] : 0.0f; };
     float sum[1][kColumns / 8][4] = {};
     int32_t even[1][kColumns / 8][4], odd[1][kColumns / 8][4];
@@ -170,7 +165,7 @@ VQVIT_DEVICE void grouped_tile(
         wait_all<0>(even);
         promote(even, step);
     }
-    finish_tile(finish, sum, first_row);
+    epilogue.template finish<false>(sum, first_row + warp_row(), 64);
 }
 
 #ifdef __CUDACC__
@@ -179,14 +174,14 @@ VQVIT_DEVICE void grouped_tile(
 #define VQVIT_GRID_CONSTANT
 #endif
 
-template <int MI, bool Grouped>
+template <int MI, bool Grouped, int StoreKind, int Activation>
 VQVIT_KERNEL(
     kThreads, 1, wgmma_kernel, const VQVIT_GRID_CONSTANT TensorMap a_map, const VQVIT_GRID_CONSTANT TensorMap b_map,
     const VQVIT_GRID_CONSTANT GemmTask task) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     const Ring<MI> ring;
     ring.init();
-    const int64_t tiles_m = ceil_div(task.g.m, Ring<MI>::kRows), tiles_n = ceil_div(task.g.n, kColumns);
+    const auto tiles = task.tiles.count(), blocks = static_cast<unsigned>(grid_x());
     const auto steps = static_cast<int>(ceil_div(task.g.k, kStageK));
     const int warpgroup = thread_id() / kWarpgroup;
     if (warpgroup == 0) {
@@ -195,58 +190,51 @@ VQVIT_KERNEL(
         prefetch(a_map);
         prefetch(b_map);
         int use = 0;
-        for (int64_t index = block_x(); index < tiles_m * tiles_n; index += grid_x()) {
-            const TileIndex tile = tile_index(index, tiles_m, tiles_n);
-            const auto row = static_cast<int>(tile.row * Ring<MI>::kRows);
-            const auto column = static_cast<int>(tile.column * kColumns);
+        for (auto index = static_cast<unsigned>(block_x()); index < tiles; index += blocks) {
+            const TileIndex tile = task.tiles[index];
+            const int row = tile.row * Ring<MI>::kRows, column = tile.column * kColumns;
             for (int step = 0; step < steps; ++step) ring.fill(use++, a_map, b_map, step * kStageK, row, column);
         }
         return;
     }
     raise_registers<kConsumerRegisters>();
-    unsigned char* staging = ring.staging + (warp_id() - kConsumerWarps) * Finish::kStagingBytes;
+    unsigned char* staging = ring.staging + (warp_id() - kConsumerWarps) * kStagingBytes;
     int turn = warpgroup - 1;
-    for (int64_t index = block_x() + turn * grid_x(); index < tiles_m * tiles_n; index += kConsumers * grid_x()) {
-        const TileIndex tile = tile_index(index, tiles_m, tiles_n);
-        Finish finish(task, tile.column * kColumns, staging);
-        const int64_t first_row = tile.row * Ring<MI>::kRows;
+    for (auto index = static_cast<unsigned>(block_x()) + turn * blocks; index < tiles; index += kConsumers * blocks) {
+        const TileIndex tile = task.tiles[index];
+        Epilogue<kColumns, StoreKind, Activation> epilogue(task, tile.column * kColumns, staging);
+        const int64_t first_row = int64_t{tile.row} * Ring<MI>::kRows;
         if constexpr (Grouped) {
-            grouped_tile(task, ring, finish, first_row, turn, steps);
+            grouped_tile(task, ring, epilogue, first_row, turn, steps);
         } else {
-            plain_tile<MI>(ring, finish, first_row, turn, steps);
+            plain_tile<MI>(ring, epilogue, first_row, turn, steps);
         }
         turn += kConsumers;
     }
 #endif
 }
 
-template <int MI, bool Grouped>
-int launch_wgmma(const GemmTask& task, void* stream) {
+template <int MI, bool Grouped, int StoreKind, int Activation>
+int launch_wgmma(GemmTask task, void* stream) {
     const vqvit_gemm& g = task.g;
     TensorMap a, b;
     if (const int status = describe_tensor(&a, g.a, g.m, g.k, g.a_stride, Ring<MI>::kRows)) return status;
     if (const int status = describe_tensor(&b, g.b, g.n, g.k, g.k, kColumns)) return status;
-    const int64_t tiles = ceil_div(g.m, Ring<MI>::kRows) * ceil_div(g.n, kColumns);
-    const auto blocks = static_cast<unsigned>(tiles < multiprocessors() ? tiles : multiprocessors());
-    return launch(wgmma_kernel<MI, Grouped>, Dim3(blocks), kThreads, Ring<MI>::kSharedBytes, stream, a, b, task);
+    task.tiles = Tiles(g.m, g.n, Ring<MI>::kRows, kColumns);
+    const unsigned tiles = task.tiles.count(), most = static_cast<unsigned>(multiprocessors());
+    const Dim3 blocks(tiles < most ? tiles : most);
+    const auto kernel = wgmma_kernel<MI, Grouped, StoreKind, Activation>;
+    return launch(kernel, blocks, kThreads, Ring<MI>::kSharedBytes, stream, a, b, task);
 }
 
-bool aligned_16(const int8_t* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-}  // namespace
-
-bool takes_wgmma(const GemmTask& task) {
-    const vqvit_gemm& g = task.g;
-    const bool rows = g.k > 0 && g.k % 16 == 0 && g.a_stride >= g.k && g.a_stride % 16 == 0;  // a row may be repeated
-    const bool boxes = rows && aligned_16(g.a) && aligned_16(g.b);
-    // Fewer tiles than that leave multiprocessors idle, which the small tiles of mma.sync fill.
-    return compute_capability() == 90 && boxes && ceil_div(g.m, 64) * ceil_div(g.n, kColumns) >= multiprocessors() / 2;
-}
-
-int run_gemm_wgmma(const GemmTask& task, void* stream) {
-    if (task.g.a_groups != 0) return launch_wgmma<1, true>(task, stream);
+template <int StoreKind, int Activation>
+int run_wgmma(const GemmTask& task, void* stream) {
+    if constexpr (StoreKind != Store::kInt32) {
+        if (task.g.a_groups != 0) return launch_wgmma<1, true, StoreKind, Activation>(task, stream);
+    }
     const int64_t large = ceil_div(task.g.m, 128) * ceil_div(task.g.n, kColumns);
-    return large >= multiprocessors() ? launch_wgmma<2, false>(task, stream) : launch_wgmma<1, false>(task, stream);
+    if (large >= multiprocessors()) return launch_wgmma<2, false, StoreKind, Activation>(task, stream);
+    return launch_wgmma<1, false, StoreKind, Activation>(task, stream);
 }
 
 }  // namespace vqvit

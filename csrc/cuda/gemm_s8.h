@@ -23,6 +23,12 @@ struct Store {
 // In the place of a vqvit_activation: the task's, whichever it is. Such kernels have no loop for whole tiles.
 constexpr int kAnyActivation = VQVIT_RELU + 1;
 
+// Of kernels for group scales. Layers that take those, an attention's output and the second of an MLP, have floats
+// without an activation as results: other kinds need not be fast.
+constexpr int grouped_activation(int store_kind, int activation) {
+    return store_kind == Store::kFloat && activation == VQVIT_NONE ? VQVIT_NONE : kAnyActivation;
+}
+
 struct TileIndex {
     int row, column;
 };

@@ -103,9 +103,8 @@ int vqvit_cuda_int8_linear_compensated(
     task.terms = terms;
     task.first_order = first_order;
     task.second_order = second_order;
-    const auto kernel = gemm->activation == VQVIT_NONE   ? compensated_gemm_kernel<VQVIT_NONE>
-                        : gemm->activation == VQVIT_GELU ? compensated_gemm_kernel<VQVIT_GELU>
-                                                         : compensated_gemm_kernel<kAnyActivation>;
+    const bool none = gemm->activation == VQVIT_NONE;
+    const auto kernel = none ? compensated_gemm_kernel<VQVIT_NONE> : compensated_gemm_kernel<kAnyActivation>;
     return launch(kernel, Dim3(task.gemm.tiles.count()), kThreads, kStages * kStageBytes, stream, task);
 }
 

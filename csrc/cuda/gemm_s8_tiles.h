@@ -117,7 +117,8 @@ int launch_grouped(GemmTask task, void* stream) {
 template <int StoreKind, int Activation>
 int run_tiles(const GemmTask& task, void* stream) {
     if constexpr (StoreKind != Store::kInt32) {
-        if (task.g.a_groups != 0) return launch_grouped<StoreKind, Activation, 16, 4, 4, 2>(task, stream);
+        constexpr int kGrouped = grouped_activation(StoreKind, Activation);
+        if (task.g.a_groups != 0) return launch_grouped<StoreKind, kGrouped, 16, 4, 4, 2>(task, stream);
     }
     constexpr bool kWholeRows = StoreKind == Store::kGroupCodes || StoreKind == Store::kProjection;
     const auto blocks = [&](int64_t rows, int64_t columns) {

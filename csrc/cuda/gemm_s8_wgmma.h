@@ -230,7 +230,8 @@ int launch_wgmma(GemmTask task, void* stream) {
 template <int StoreKind, int Activation>
 int run_wgmma(const GemmTask& task, void* stream) {
     if constexpr (StoreKind != Store::kInt32) {
-        if (task.g.a_groups != 0) return launch_wgmma<1, true, StoreKind, Activation>(task, stream);
+        constexpr int kGrouped = grouped_activation(StoreKind, Activation);
+        if (task.g.a_groups != 0) return launch_wgmma<1, true, StoreKind, kGrouped>(task, stream);
     }
     const int64_t large = ceil_div(task.g.m, 128) * ceil_div(task.g.n, kColumns);
     if (large >= multiprocessors()) return launch_wgmma<2, false, StoreKind, Activation>(task, stream);

@@ -88,9 +88,9 @@ class Report:
     threads, blocks: launch bounds. mma_loop, mma_loop_products: instructions of the loop with most tensor-core
     instructions, and how many these are. store_loop_min, store_loop_max: instructions of the shortest and longest loop
     that stores to global memory; store_loops: each of them with the widths of its stores in bytes. per_output_min and
-    per_output_max: instructions an output of the loops of a GEMM's epilogue for whole tiles, whose stores have one
-    width. What such a kernel stores and computes are the last numbers of its name (`Store` in csrc/cuda/gemm_s8.h and
-    vqvit_activation in csrc/vqvit.h).
+    per_output_max: instructions an output of the loops of a GEMM's epilogue for whole tiles (`is_whole`). What such a
+    kernel stores and computes are the last numbers of its name (`Store` in csrc/cuda/gemm_s8.h and vqvit_activation in
+    csrc/vqvit.h).
     """
 
     kernel: str
@@ -181,7 +181,7 @@ def report(k: Compiled) -> Report:
     widths = [store_widths(k.machine, loop) for loop in stores]
     main_loop = max(k.machine.innermost(PRODUCT), key=lambda loop: k.machine.count(PRODUCT, loop.body), default=None)
     outputs = lane_outputs(kernel)
-    whole = [n / outputs for n, width in zip(lengths, widths, strict=True) if len(width) == 1] if outputs else []
+    whole = [k.machine.length(loop) / outputs for loop in stores if outputs and is_whole(k.machine, loop, outputs)]
     threads, blocks = k.bounds
     return Report(
         kernel=kernel,
@@ -281,6 +281,12 @@ def store_widths(machine: sass.Kernel, loop: sass.Loop) -> list[int]:
     names = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
     stores = (machine.code[i].opcode.split(".") for i in loop.body if machine.code[i].opcode.startswith(STORE))
     return sorted({next((names[part] for part in parts if part in names), 4) for parts in stores})
+
+
+def is_whole(machine: sass.Kernel, loop: sass.Loop, outputs: int) -> bool:
+    """Whether a loop of a GEMM's epilogue is one for whole tiles: its stores have one width, and it reads accumulators
+    of that many outputs from shared memory, four at a time."""
+    return len(store_widths(machine, loop)) == 1 and machine.count(r"LDS\.(U\.)?128", loop.body) >= outputs // 4
 
 
 def lane_outputs(kernel: str) -> int | None:

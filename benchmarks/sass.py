@@ -66,14 +66,7 @@ class Kernel:
     @functools.cached_property
     def loops(self) -> tuple[Loop, ...]:
         """The outermost loops, in the order of their code."""
-        edges = {0: self._successors(0)} if self.code else {}
-        pending = list(edges.get(0, ()))
-        while pending:
-            at = pending.pop()
-            if at not in edges:
-                edges[at] = self._successors(at)
-                pending += edges[at]
-        return _loops(edges, {0})
+        return _loops(self._reached(0), {0}) if self.code else ()
 
     def innermost(self, pattern: str) -> list[Loop]:
         """Loops that hold an instruction of this pattern, while no loop inside them does."""
@@ -92,11 +85,18 @@ class Kernel:
     def _divides(self, call: Instruction) -> bool:
         if re.search(DIVISION_ROUTINE, call.text):
             return True
-        starts = sorted(self.routines.values())
-        if call.target not in starts:
-            return False
-        end = next((start for start in starts if start > call.target), len(self.code))
-        return bool(self.count(INTEGER_RECIPROCAL, frozenset(range(call.target, end))))
+        routine = self._reached(call.target) if call.target in self.routines.values() else ()
+        return bool(self.count(INTEGER_RECIPROCAL, frozenset(routine)))
+
+    def _reached(self, start: int) -> dict[int, tuple[int, ...]]:
+        """The instructions that control flow reaches from one of them, each with those that may follow it."""
+        edges, pending = {}, [start]
+        while pending:
+            at = pending.pop()
+            if at not in edges:
+                edges[at] = self._successors(at)
+                pending += edges[at]
+        return edges
 
     def _successors(self, at: int) -> tuple[int, ...]:
         instruction, following = self.code[at], (at + 1,) if at + 1 < len(self.code) else ()

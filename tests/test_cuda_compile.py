@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(256) divides_a_tile_kernel(int* out, const int
     }
 }
 __global__ void __launch_bounds__(256) divides_floats_kernel(float* out, const float* in, int n) {
-    LOOP(threadIdx.x, int) out[i] = in[i] / in[i + 1];
+    LOOP(threadIdx.x / static_cast<int>(in[0]), int) out[i] = in[i] / in[i + 1];
 }
 __global__ void __launch_bounds__(1024, 1) spills_kernel(float* out, const float* in, int n) {
     float x[128];

@@ -50,7 +50,7 @@ class Mistake:
 
 WGMMA, MMA = "wgmma and gemm and 1024", "mma_sync and gemm and 400"
 
-RING, STAGES, EPILOGUE = "gemm_s8_wgmma.h", "mma_tiles.h", "gemm_s8.h"
+RING, STAGES, EPILOGUE = "gemm_s8_wgmma.h", "mma_tiles.h", "gemm_s8_epilogue.h"
 
 MISTAKES = {
     "no_turns": Mistake(RING, "ring.begin_turn(turn);", "", WGMMA, "", 2),
@@ -74,7 +74,11 @@ MISTAKES = {
     ),
     "too_many_stages": Mistake(RING, "MI == 1 ? 6 : 4", "MI == 1 ? 8 : 6", WGMMA, "of shared memory, at most"),
     "too_many_threads": Mistake(
-        RING, "Dim3(blocks), kThreads,", "Dim3(blocks), kThreads + 128,", WGMMA, "by its launch bounds"
+        RING,
+        "launch(kernel, blocks, kThreads,",
+        "launch(kernel, blocks, kThreads + 128,",
+        WGMMA,
+        "by its launch bounds",
     ),
     "stage_off_its_atom": Mistake(
         RING,
@@ -89,7 +93,7 @@ MISTAKES = {
     ),
     "stages_without_a_barrier": Mistake(STAGES, "block_barrier();  // this stage is filled", "//", MMA, WRONG),
     "rows_staged_without_a_barrier": Mistake(
-        EPILOGUE, "            stage(acc[i]);\n            warp_barrier();", "            stage(acc[i]);", MMA, WRONG
+        EPILOGUE, "            }\n            warp_barrier();", "            }", MMA, WRONG
     ),
     "keys_without_a_barrier": Mistake(
         "attention_s8.cu",

@@ -304,8 +304,9 @@ def main() -> None:
     rows = predictions(arguments.device.split(","), arguments.arch.split(","), batches)
     print(text_table(list(rows[0]), [[str(v) for v in row.values()] for row in rows]))
     if arguments.csv:
+        provenance = provenance_row("cpu")  # before the file that is appended to differs from its commit
         for row in rows:
-            append_csv(arguments.csv, {**row, **provenance_row("cpu")})
+            append_csv(arguments.csv, row | provenance)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Predicted time of every kernel of a ViT block on NVIDIA GPUs, from bytes, operations, tiles and waves.
+"""Predicted time of every kernel of a ViT block on NVIDIA GPUs, from bytes, operations, instructions, tiles and waves.
 
     python benchmarks/roofline.py [--device h200,h100] [--arch vit-b16,vit-l16] [--batch 1,8,64,256] [--csv FILE]
 
-A kernel takes the longest of its tensor-core time (whole waves of tiles), its fp32 instructions and its bytes, plus the
-gap between two kernels of a CUDA graph. Datasheet rates are scaled by the fractions in `Fractions`. These are guesses,
-to be proved wrong: `benchmarks/gpu.py` stores them beside what it measures.
+A kernel takes the longest of its units' times, plus the gap between two kernels of a CUDA graph. The units of an int8
+GEMM are the memory and those of the multiprocessor with most tiles: tensor cores, bytes from L2, instructions.
+Datasheet rates are scaled by the fractions in `Fractions`. These are guesses, to be proved wrong: `benchmarks/gpu.py`
+stores them beside what it measures.
 """
 
 import argparse
@@ -54,35 +55,85 @@ def part(device: str) -> Gpu:
 
 @dataclass(frozen=True)
 class Fractions:
-    """What a kernel reaches of a rate; `gap_us` between two kernels of a graph."""
+    """What a kernel reaches of a rate; `l2_bytes`: from L2 in a cycle of one multiprocessor; `gap_us`: between two
+    kernels of a graph.
+    """
 
     tensor_bf16: float = 0.80  # cuBLAS, measured: 788 of 989 on an H200
     instructions: float = 0.6
+    issue: float = 0.85  # of the instructions of int8 GEMMs, where another warpgroup or block always has some: a guess
     bytes: float = 0.85
+    l2_bytes: float = 38  # Hopper reaches 35 to 40; kernels/gemm_s8.py chooses tiles with 40. Not measured here
     gap_us: float = 1.0
 
 
 FRACTIONS = Fractions()
 
+COLUMNS = 128  # of every tile of a GEMM
+STAGE = 128  # columns of K
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tiles of so many rows are taken where each multiprocessor gets `least` of them.
+
+    stage: instructions that one of the four schedulers issues for 128 columns of K, those for the sums of group scales
+    included; tensor: share of the tensor rate.
+    """
+
+    rows: int
+    least: float
+    stage: int
+    tensor: float
+
 
 @dataclass(frozen=True)
 class Kernels:
-    """Where the int8 backends differ: share of the tensor rate, instructions of attention for each logit."""
+    """An int8 backend's kernels: tiles without and with group scales, the first that suits being taken; instructions an
+    output of each epilogue; instructions a logit of attention, and the columns of heads that one of its blocks takes.
+    """
 
-    tensor: float
+    plain: tuple[Tile, ...]
+    grouped: tuple[Tile, ...]
+    epilogue: dict[str, float]
     logit: int
+    block_columns: int
 
 
-# Instructions are counted in the code compiled for sm_90, masked keys included at 197 tokens; the shares are guesses:
-# Triton waits for each int8 wgmma before the next loads, the CUDA kernels keep them in flight as cuBLAS does.
-BACKENDS = {"triton": Kernels(tensor=0.65, logit=66), "cuda": Kernels(tensor=0.80, logit=25)}
+# Instructions are counted in the code compiled for sm_90a (columns of results/cuda_gate.csv) and, for Triton 3.6, sm_90
+# (loop_instructions and epilogue_per_output of results/compile_gate.csv; two warps of eight share a scheduler).
+# cuda: commit 0331ebe, whose kernels hold all paths. Compiled for one path each, their `store_loops` of 16 outputs have
+#   725 instructions for q and k, 193 for v (a third of the columns), 560 for GELU and codes by group, 370 for bf16 with
+#   a residual, which stands for bf16 without one too.
+# cuda_short: commit 8246d74, whose kernels hold one path each; `store_loops` of whole tiles.
+# Stages are `mma_loop`. On mma.sync a product has 64 columns of K, and every second one ends a group.
+# Shares of the tensor rate are guesses: Triton waits for each int8 wgmma before the next loads, the CUDA kernels keep
+# them in flight as cuBLAS does, and mma.sync is slower on Hopper.
+BACKENDS = {
+    "triton": Kernels(
+        plain=(Tile(128, 1, 2 * 71, 0.65), Tile(64, 0, 84, 0.65)),
+        grouped=(Tile(128, 1, 2 * 274, 0.65), Tile(64, 0, 287, 0.65)),
+        epilogue={"none": 11.2, "residual": 9.2, "codes": 28.2, "gelu_codes": 31.6},
+        logit=66,
+        block_columns=64,
+    ),
+    "cuda": Kernels(
+        plain=(Tile(128, 1, 138, 0.80), Tile(64, 0.5, 93, 0.80), Tile(64, 0, 2 * 344, 0.5)),
+        grouped=(Tile(64, 0.5, 616 // 2, 0.80), Tile(64, 0, 344 + 594, 0.5)),
+        epilogue={"none": 370 / 16, "residual": 370 / 16, "codes": (2 * 725 + 193) / 3 / 16, "gelu_codes": 560 / 16},
+        logit=25,
+        block_columns=128,
+    ),
+    "cuda_short": Kernels(
+        plain=(Tile(128, 1, 139, 0.80), Tile(64, 0.5, 95, 0.80), Tile(64, 0, 2 * 347, 0.5)),
+        grouped=(Tile(64, 0.5, 470 // 2, 0.80), Tile(64, 0, 347 + 538, 0.5)),
+        epilogue={"none": 161 / 16, "residual": 120 / 16, "codes": (2 * 264 + 67) / 3 / 16, "gelu_codes": 398 / 16},
+        logit=25,
+        block_columns=128,
+    ),
+}
 
-TILE = 128  # rows and columns of a GEMM tile
-EPILOGUE = {"none": 9, "gelu": 19, "residual": 11, "codes": 17, "gelu_codes": 27}
-"""Instructions for each output of a GEMM: 3 to dequantize, 13 for GELU and 8 for codes are counted in the code of
-the Triton kernels (kernels/gemm_s8.py); loads, stores and addresses are estimated.
-"""
-
+BF16_OUTPUT_INSTRUCTIONS = 9  # of a GEMM: an estimate
 ROW_INSTRUCTIONS = {"layernorm": 30, "quantize": 12}  # an element; the LayerNorm's exact sums are an estimate
 BF16_LOGIT_INSTRUCTIONS = 8
 
@@ -122,27 +173,61 @@ def kernel_us(gpu: Gpu, tensor_us: float = 0.0, instructions: float = 0.0, traff
 
 def tensor_rate(gpu: Gpu, int8: Kernels | None) -> float:
     """Tera-operations/s that the kernels of a backend reach, or those of bf16."""
-    return gpu.bf16_tops * FRACTIONS.tensor_bf16 if int8 is None else gpu.int8_tops * int8.tensor
+    return gpu.bf16_tops * FRACTIONS.tensor_bf16 if int8 is None else gpu.int8_tops * int8.plain[0].tensor
+
+
+def tile_of(gpu: Gpu, m: int, n: int, tiles: tuple[Tile, ...]) -> Tile:
+    """The first tile of which an output of (m, n) has enough."""
+    return next(t for t in tiles if math.ceil(m / t.rows) * math.ceil(n / COLUMNS) >= t.least * gpu.sms)
+
+
+def tiles_us(gpu: Gpu, m: int, n: int, k: int, tile: Tile, epilogue: float) -> float:
+    """Microseconds of the multiprocessor with most tiles. A tile's main loop runs under the epilogue of the one before
+    it; a lone tile's epilogue follows its main loop.
+    """
+    tiles = math.ceil(math.ceil(m / tile.rows) * math.ceil(n / COLUMNS) / gpu.sms)
+    tensor_us = 2 * tile.rows * COLUMNS * k / (gpu.int8_tops * tile.tensor * 1e6 / gpu.sms)
+    l2_us = (tile.rows + COLUMNS) * k / (FRACTIONS.l2_bytes * gpu.clock * 1e3)
+    issued_us = gpu.clock * 1e3 * FRACTIONS.issue  # instructions of each scheduler in a microsecond
+    main_us = math.ceil(k / STAGE) * tile.stage / issued_us
+    epilogue_us = tile.rows * COLUMNS * epilogue / (128 * issued_us)
+    together = max(tensor_us, l2_us, main_us + epilogue_us)
+    return max(tiles * together, max(tensor_us, l2_us, main_us) + epilogue_us)
 
 
 def gemm_us(
-    gpu: Gpu, m: int, n: int, k: int, out_bytes: float, epilogue: str = "none", int8: Kernels | None = None
+    gpu: Gpu,
+    m: int,
+    n: int,
+    k: int,
+    out_bytes: float,
+    epilogue: str = "none",
+    int8: Kernels | None = None,
+    grouped: bool = False,
 ) -> float:
     """A GEMM (M, K) x (N, K)ᵀ, on int8 operands with a backend's kernels or on bf16, storing `out_bytes` an output."""
-    tiles = math.ceil(m / TILE) * math.ceil(n / TILE)
-    waves = max(math.ceil(tiles / gpu.sms), tiles / gpu.sms)
-    tile_us = 2 * TILE * TILE * k / (tensor_rate(gpu, int8) * 1e6 / gpu.sms)
     traffic = (m + n) * k * (2 if int8 is None else 1) + m * n * out_bytes
-    return kernel_us(gpu, waves * tile_us, m * n * EPILOGUE[epilogue], traffic)
+    if int8 is not None:
+        tile = tile_of(gpu, m, n, int8.grouped if grouped else int8.plain)
+        return kernel_us(gpu, tiles_us(gpu, m, n, k, tile, int8.epilogue[epilogue]), traffic=traffic)
+    waves = math.ceil(math.ceil(m / 128) * math.ceil(n / COLUMNS) / gpu.sms)
+    tile_us = 2 * 128 * COLUMNS * k / (tensor_rate(gpu, None) * 1e6 / gpu.sms)
+    return kernel_us(gpu, waves * tile_us, m * n * BF16_OUTPUT_INSTRUCTIONS, traffic)
 
 
 def attention_us(gpu: Gpu, batch: int, shape: Shape, int8: Kernels | None = None) -> float:
-    """Attention over whole sequences: the exponentials bound the int8 one."""
+    """Attention over whole sequences: the exponentials bound the int8 one, at small batches those of one block, which
+    takes 64 queries and as many heads as fit its columns.
+    """
     logits = batch * shape.heads * shape.tokens**2
     products = 2 if int8 is None else 3  # one for the logits; two digits, or one, for the values
     tensor_us = 2 * products * logits * shape.width / shape.heads / (tensor_rate(gpu, int8) * 1e6)
     traffic = batch * shape.tokens * shape.width * (8 if int8 is None else 5)
-    return kernel_us(gpu, tensor_us, logits * (BF16_LOGIT_INSTRUCTIONS if int8 is None else int8.logit), traffic)
+    if int8 is None:
+        return kernel_us(gpu, tensor_us, logits * BF16_LOGIT_INSTRUCTIONS, traffic)
+    heads = min(shape.heads, max(1, int8.block_columns * shape.heads // shape.width))
+    of_a_block = heads * min(64, shape.tokens) * shape.tokens
+    return kernel_us(gpu, tensor_us, max(logits, of_a_block * gpu.sms) * int8.logit, traffic)
 
 
 def row_us(gpu: Gpu, rows: int, width: int, op: str, bytes_each: float) -> float:
@@ -158,10 +243,10 @@ def int8_block(gpu: Gpu, shape: Shape, batch: int, int8: Kernels) -> dict[str, f
         "qkv": gemm_us(gpu, m, 3 * w, w, 2, "codes", int8),  # int8 q and k, fp32 v
         "v_codes": row_us(gpu, m, w, "quantize", 5),
         "attention": attention_us(gpu, batch, shape, int8),
-        "attn_out": gemm_us(gpu, m, w, w, 4, "residual", int8),
+        "attn_out": gemm_us(gpu, m, w, w, 4, "residual", int8, grouped=True),
         "norm2": row_us(gpu, m, w, "layernorm", 3),
         "fc1": gemm_us(gpu, m, mlp, w, 1, "gelu_codes", int8),
-        "fc2": gemm_us(gpu, m, w, mlp, 4, "residual", int8),
+        "fc2": gemm_us(gpu, m, w, mlp, 4, "residual", int8, grouped=True),
     }
 
 
@@ -219,8 +304,9 @@ def main() -> None:
     rows = predictions(arguments.device.split(","), arguments.arch.split(","), batches)
     print(text_table(list(rows[0]), [[str(v) for v in row.values()] for row in rows]))
     if arguments.csv:
+        provenance = provenance_row("cpu")  # before the file that is appended to differs from its commit
         for row in rows:
-            append_csv(arguments.csv, {**row, **provenance_row("cpu")})
+            append_csv(arguments.csv, row | provenance)
 
 
 if __name__ == "__main__":

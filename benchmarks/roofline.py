@@ -102,10 +102,7 @@ class Kernels:
 
 # Instructions are counted in the code compiled for sm_90a (columns of results/cuda_gate.csv) and, for Triton 3.6, sm_90
 # (loop_instructions and epilogue_per_output of results/compile_gate.csv; two warps of eight share a scheduler).
-# cuda: commit 0331ebe, whose kernels hold all paths. Compiled for one path each, their `store_loops` of 16 outputs have
-#   725 instructions for q and k, 193 for v (a third of the columns), 560 for GELU and codes by group, 370 for bf16 with
-#   a residual, which stands for bf16 without one too.
-# cuda_short: commit 8246d74, whose kernels hold one path each; `store_loops` of whole tiles.
+# cuda: `store_loops` of whole tiles; those of heads of 64 channels, and of v as fp32, which is a third of the columns.
 # Stages are `mma_loop`. On mma.sync a product has 64 columns of K, and every second one ends a group.
 # Shares of the tensor rate are guesses: Triton waits for each int8 wgmma before the next loads, the CUDA kernels keep
 # them in flight as cuBLAS does, and mma.sync is slower on Hopper.
@@ -118,13 +115,6 @@ BACKENDS = {
         block_columns=64,
     ),
     "cuda": Kernels(
-        plain=(Tile(128, 1, 138, 0.80), Tile(64, 0.5, 93, 0.80), Tile(64, 0, 2 * 344, 0.5)),
-        grouped=(Tile(64, 0.5, 616 // 2, 0.80), Tile(64, 0, 344 + 594, 0.5)),
-        epilogue={"none": 370 / 16, "residual": 370 / 16, "codes": (2 * 725 + 193) / 3 / 16, "gelu_codes": 560 / 16},
-        logit=25,
-        block_columns=128,
-    ),
-    "cuda_short": Kernels(
         plain=(Tile(128, 1, 139, 0.80), Tile(64, 0.5, 95, 0.80), Tile(64, 0, 2 * 347, 0.5)),
         grouped=(Tile(64, 0.5, 470 // 2, 0.80), Tile(64, 0, 347 + 538, 0.5)),
         epilogue={"none": 161 / 16, "residual": 120 / 16, "codes": (2 * 264 + 67) / 3 / 16, "gelu_codes": 398 / 16},

@@ -8,7 +8,8 @@
 // rows and columns; the others, whole, with the CPU library. Every launch is made three times, must give the same bytes each
 // time, and may not write behind its outputs.
 //
-// Output: one JSON object a line: {"facts": ...}, {"doing": CASE} before a case, {"row": ...} behind it. Exit status: 0 if
+// Output: one JSON object a line: {"facts": ...}, {"doing": CASE} before a case, {"row": ...} behind it,
+// {"end": true}; to $VQVIT_ROWS if that is set. Exit status: 0 if
 // all is right, 1 if a result is wrong or a launch failed, 2 for bad arguments, 3 if the device is lost and no later case
 // could run. LIBRARY may also be the CPU's twin of the CUDA library.
 #include <dlfcn.h>
@@ -410,6 +411,13 @@ bool run_case(const std::string& name, const Family& family, const Sizes& sizes)
 
 int main(int count, char** arguments) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);  // the run that asked is over: nobody reads on
+    if (const char* rows = std::getenv("VQVIT_ROWS")) {  // as vqvit/children.py reads them
+        if (std::freopen(rows, "a", stdout) == nullptr) return 2;
+    }
+    if (count == 2 && std::string(arguments[1]) == "--source-hash") {
+        say(VQVIT_SOURCE_HASH);
+        return 0;
+    }
     if (count < 4) {
         std::fputs("usage: vqvit_probe LIBRARY CPU_LIBRARY|- CASE ...\n", stderr);
         return 2;
@@ -436,9 +444,11 @@ int main(int count, char** arguments) {
         return 2;
     }
     bool right = true;
-    for (size_t i = 0; i < cases.size(); ++i) {
+    const char* skip = std::getenv("VQVIT_SKIP");  // cases that an earlier process began
+    for (size_t i = skip == nullptr ? 0 : static_cast<size_t>(std::atoi(skip)); i < cases.size(); ++i) {
         right &= run_case(arguments[i + 3], *cases[i].first, cases[i].second);
         if (device_lost()) return 3;
     }
+    say("{\"end\": true}");
     return right ? 0 : 1;
 }

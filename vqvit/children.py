@@ -9,7 +9,6 @@ A child is killed with its whole group, and so hard that no handler is asked: SI
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -181,19 +180,18 @@ def _startable(waiting, running, ended, known, capacity) -> Iterable[Child]:
 
 def schedule(children: Sequence[Child], capacity: int) -> dict[str, tuple[float, float]]:
     """Start and end of each child, in seconds, if `run` starts them and each takes what is expected."""
-    waiting, running, times, now = list(children), {}, {}, 0.0
-    known = {child.name for child in children}
-    while waiting or running:
-        placed = [_Placed(child) for child in running]
+    waiting, times, now = list(children), {}, 0.0
+    known = {child.name: child for child in children}
+    while waiting:
+        running = [_Placed(known[name]) for name, (_, end) in times.items() if end > now]
         ended = {name for name, (_, end) in times.items() if end <= now}
-        for child in _startable(waiting, placed, ended, known, capacity):
+        for child in _startable(waiting, running, ended, known, capacity):
             waiting.remove(child)
             times[child.name] = now, now + child.seconds
-            running[child] = now + child.seconds
-        if not running:
+        later = [end for _, end in times.values() if end > now]
+        if waiting and not later:
             raise ValueError(f"children wait for each other: {', '.join(child.name for child in waiting)}")
-        now = min(running.values())
-        running = {child: end for child, end in running.items() if end > now}
+        now = min(later, default=now)
     return times
 
 
@@ -366,8 +364,3 @@ def write_atomically(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-
-
-def scaled(child: Child, factor: float) -> Child:
-    """The same child with `factor` times the time."""
-    return dataclasses.replace(child, seconds=child.seconds * factor, limit=child.limit * factor)

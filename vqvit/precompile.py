@@ -179,13 +179,17 @@ def warm(jobs: Sequence[Job], part: Part, workers: int | None = None) -> list[st
 
     A worker takes seconds to start, so few jobs are left to whoever runs them.
     """
-    jobs = list({repr(job): job for job in jobs}.values())
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    together: dict[str, list[Job]] = {}  # jobs that share kernels: one worker, which compiles each of them once
+    for job in jobs:
+        together.setdefault(repr((job.op, job.kind, job.config)), []).append(job)
+    groups, problems = list(together.values()), []
+    workers = min(workers or os.cpu_count() or 1, len(groups))
     if workers < 1:
         return []
-    context, problems = multiprocessing.get_context("spawn"), []
+    shares = [[job for group in groups[start::workers] for job in group] for start in range(workers)]
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        for found in [pool.submit(_compile_all, jobs[start::workers], part) for start in range(workers)]:
+        for found in [pool.submit(_compile_all, share, part) for share in shares]:
             try:
                 problems += found.result()
             except BrokenProcessPool as error:

@@ -1,4 +1,7 @@
-"""One section of gpu.py on one backend, in a process of its own: python benchmarks/gpu_child.py '{"section": "ops", ...}'."""
+"""One section of gpu.py on one backend, in a process of its own.
+
+python benchmarks/gpu_child.py '{"section": "ops", ...}'
+"""
 
 import contextlib
 import json
@@ -86,7 +89,7 @@ def warm(run, spec: dict) -> Iterator[dict]:
 
 
 def warm_jobs(run, spec: dict) -> Iterator[precompile.Job]:
-    """Every op of the models to time, at each batch, recorded on the meta device; with the config the kernels will choose."""
+    """Every op of the models to time, at each batch, recorded on the meta device."""
     import gpu_models
     from torch.utils._python_dispatch import TorchDispatchMode
 

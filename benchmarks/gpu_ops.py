@@ -1,7 +1,7 @@
 """Section `ops` of gpu.py: every op case of tests/op_cases.py on a backend, against the reference on the CPU.
 
-The reference computes once, in a process of its own, and stores its results; the cases are dealt out to several processes, as most
-of their time is compilation.
+The reference computes once, in a process of its own, and stores its results; the cases are dealt out to several
+processes, as most of their time is compilation.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,10 @@ LAYOUT_OPS = ("pack_weight", "unpack_weight")
 def items(quick: bool = False) -> list[tuple[str, str]]:
     """(op, case) of every case, those that share compilations side by side; a few of each op if `quick`."""
     return [
-        (op, case) for op, cases in CASES.items() if op not in LAYOUT_OPS for case in list(cases)[: 2 if quick else None]
+        (op, case)
+        for op, cases in CASES.items()
+        if op not in LAYOUT_OPS
+        for case in list(cases)[: 2 if quick else None]
     ]
 
 

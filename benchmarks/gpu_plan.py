@@ -21,8 +21,8 @@ BUDGETS = {"correctness": 480, "timings": 300}
 
 SECTIONS = tuple(dict.fromkeys(name for names in CALLS.values() for name in names))
 
-# Seconds on an H100 machine of 16 cores. No GPU has run this: compilations were timed on CPUs, the rest is a guess, and a child
-# is killed well after what is expected of it.
+# Seconds on an H100 machine of 16 cores. No GPU has run this: compilations were timed on CPUs, the rest is a guess, and
+# a child is killed well after what is expected of it.
 START_SECONDS = 8.0  # imports, and the device's first call
 COMPILE_SECONDS = 2.4  # of a Triton kernel on one core: 0.4 to 2.4 were seen
 LAUNCHER_SECONDS = 0.3  # of the C stub of a kernel's signature, compiled with it
@@ -35,8 +35,8 @@ H100 = precompile.Part(90, 90, 132)
 
 @dataclass(frozen=True)
 class Settings:
-    """device: torch's name; backends: `cuda` first; cores: of the machine; work: folder of intermediate files; tiny: a rehearsal's
-    sizes; environment: of every child; tools: of compute-sanitizer.
+    """device: torch's name; backends: `cuda` first; cores: of the machine; work: folder of intermediate files; tiny: a
+    rehearsal's sizes; environment: of every child; tools: of compute-sanitizer.
     """
 
     device: str
@@ -83,8 +83,8 @@ def part(settings: Settings, name: str, seconds: float, spec: dict, **options) -
     """A child of gpu_child.py. It is told to end itself shortly before it would be killed."""
     limit = options.pop("limit", 2.5 * seconds)
     whole = {
-        "section": section_of(name), "backends": settings.backends, "device": settings.device, "work": str(settings.work),
-        "quick": settings.quick or settings.tiny, "seconds": 0.9 * limit, **spec,
+        "section": section_of(name), "backends": settings.backends, "device": settings.device,
+        "work": str(settings.work), "quick": settings.quick or settings.tiny, "seconds": 0.9 * limit, **spec,
     }  # fmt: skip
     return Child(name, (sys.executable, str(CHILD), json.dumps(whole)), seconds, limit, **options)
 
@@ -96,7 +96,7 @@ def _build(settings: Settings) -> list[Child]:
 def _probe(settings: Settings) -> list[Child]:
     cases = probe.TWIN if settings.tiny else probe.REAL
     weight = 1 if settings.tiny else max(1, settings.cores // 2)  # its CPU products take all cores, for moments
-    environment = {"VQVIT_TWIN_ARCH": "90", "VQVIT_TWIN_MULTIPROCESSORS": "1"} if settings.tiny else {}
+    environment = probe.TWIN_ENVIRONMENT if settings.tiny else {}
     return [
         probe.child(family, sizes, settings.built, ("build",), environment=environment, weight=weight)
         for family, sizes in cases.items()
@@ -153,16 +153,22 @@ def _ops(settings: Settings, keys: Sequence[int]) -> list[Child]:
     return found
 
 
+def timed_backends(settings: Settings) -> tuple[str, ...]:
+    """Whose times are taken: in a rehearsal, not the interpreter's."""
+    return tuple(name for name in settings.backends if not (settings.tiny and name == "triton"))
+
+
 def _models(settings: Settings) -> list[Child]:
     if settings.tiny:
-        return [part(settings, "models/tiny-1", 20.0, {"arch": "tiny", "batch": 1}, after=("build",), restarts=2)]
+        spec = {"arch": "tiny", "batch": 1, "backends": timed_backends(settings)}
+        return [part(settings, "models/tiny-1", 40.0, spec, after=("build",), restarts=2)]
     spec = {"archs": ["vit-b16"], "batches": list(MODEL_SECONDS), "cores": settings.cores}
     spec["part"] = [settings.part.arch, settings.part.row, settings.part.sms]
     found = [part(settings, "warm", 25.0, spec, after=("build",), weight=settings.cores)]
     for batch, seconds in MODEL_SECONDS.items():
         found.append(
-            part(settings, f"models/vit-b16-{batch}", seconds, {"arch": "vit-b16", "batch": batch}, after=("build", "warm"),
-                 restarts=2, silence=90.0, weight=settings.cores)
+            part(settings, f"models/vit-b16-{batch}", seconds, {"arch": "vit-b16", "batch": batch},
+                 after=("build", "warm"), restarts=2, silence=90.0, weight=settings.cores)
         )  # fmt: skip
     return found
 
@@ -170,9 +176,10 @@ def _models(settings: Settings) -> list[Child]:
 def _by_backend(section: str, seconds: float):
     def plan(settings: Settings) -> list[Child]:
         return [
-            part(settings, f"{section}/{backend}", seconds, {"backends": [backend], "quick": True}, after=("build", "warm"),
-                 weight=1 if settings.tiny else settings.cores)
-            for backend in settings.backends
+            part(settings, f"{section}/{backend}", seconds, {"backends": [backend], "quick": True},
+                 after=("build", "warm"), weight=1 if settings.tiny else settings.cores,
+                 limit=2.5 * seconds if not settings.tiny else 100.0)
+            for backend in timed_backends(settings)[-1 if settings.tiny and section != "kernels" else 0 :]
         ]  # fmt: skip
 
     return plan
@@ -182,7 +189,9 @@ def _tune(settings: Settings) -> list[Child]:
     if "triton" not in settings.backends:
         return []
     spec = {"backends": ["triton"], "quick": True}
-    return [part(settings, "tune/triton", 30.0, spec, after=("build",), restarts=3, silence=60.0, weight=settings.cores)]
+    return [
+        part(settings, "tune/triton", 30.0, spec, after=("build",), restarts=3, silence=60.0, weight=settings.cores)
+    ]
 
 
 _PLANS = {
@@ -213,7 +222,8 @@ def text(planned: Sequence[Child], cores: int, budget: float, keys: Iterable[int
         start, end = everything[child.name]
         late = "" if child.name in fits else "  if time is left"
         lines.append(
-            f"{child.name:{width}}  {start:5.0f}  {end:5.0f}  {child.seconds:7.0f}  {child.limit:5.0f}  {child.weight:5}{late}"
+            f"{child.name:{width}}  {start:5.0f}  {end:5.0f}  {child.seconds:7.0f}  {child.limit:5.0f}"
+            f"  {child.weight:5}{late}"
         )
     if keys:
         lines.append(

@@ -39,6 +39,16 @@ def verdicts(kernels: list[dict], models: list[dict], backends: tuple[str, ...])
             )
 
 
+def target_lines(kernels: list[dict], models: list[dict], backends: tuple[str, ...]) -> Iterator[str]:
+    """A line for each target that was measured, and one that counts the others."""
+    found = list(verdicts(kernels, models, backends))
+    for row in found:
+        if row["reached"]:
+            yield f"{row['verdict']}: {row['target']} on {row['backend']}: {row['reached']}, wanted {row['wanted']}"
+    missing = sum(not row["reached"] for row in found)
+    yield f"{missing} of {len(found)} targets not measured"
+
+
 def verdict(target: str, backend: str, least: float, reached: float | None) -> dict:
     outcome = "not measured" if reached is None else "reached" if reached >= least else "missed"
     shown = "" if reached is None else f"{reached:.2f}"

@@ -58,8 +58,8 @@ CUDA = cuda_library()
 CUDA_TWIN = Library("libvqvit_cuda_twin.so", "cuda", ("*.cu", "*.cpp"), "c++", CXX_FLAGS)
 
 
-# csrc/probe: a program that runs kernels of the CUDA library, or of its twin, and needs no Python. nvcc links its runtime
-# statically.
+# csrc/probe: a program that runs kernels of the CUDA library, or of its twin, and needs no Python. nvcc links its
+# runtime statically.
 _PROGRAM = ("-ldl", "-lpthread")
 PROBE = Library("vqvit_probe", "probe", ("*.cpp",), "nvcc", ("-std=c++17", "-O3", "-DVQVIT_PROBE_CUDA"), _PROGRAM)
 PROBE_TWIN = Library("vqvit_probe_twin", "probe", ("*.cpp",), "c++", (*CXX_FLAGS, "-pthread"), _PROGRAM)

@@ -9,6 +9,7 @@ A child is killed with its whole group, and so hard that no handler is asked: SI
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -349,6 +350,11 @@ def _tail(log: Path) -> str:
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in _tail(log).splitlines() if line.strip()]
     return f": {lines[-1][:200]}" if lines else ", without a word"
+
+
+def with_environment(child: Child, environment: Mapping[str, str]) -> Child:
+    """The child with more in its environment; its own entries count."""
+    return dataclasses.replace(child, environment={**environment, **child.environment})
 
 
 def write_atomically(path: Path, data: bytes) -> None:

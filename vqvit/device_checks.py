@@ -1,10 +1,11 @@
 """Whether the kernels of a device compute the right bits at real shapes: the checks of `vqvit doctor --gpu`.
 
-    python -m vqvit.device_checks '{"checks": ["int8_mm"], "backends": ["cuda", "triton"], "device": "cuda", "size": "vit-b16"}'
+    python -m vqvit.device_checks '{"checks": ["int8_mm"], "backends": ["cuda", "triton"], "device": "cuda", "size":
+    "vit-b16"}'
 
-`int8_mm` is compared with `torch._int_mm`; every other op of the first backend with the same op of the second; the logits of a
-model on one backend with those that an earlier process stored. Each check is a child process (vqvit/children.py): one
-that hangs or loses the device takes nothing with it.
+`int8_mm` is compared with `torch._int_mm`; every other op of the first backend with the same op of the second; the
+logits of a model on one backend with those that an earlier process stored. Each check is a child process
+(vqvit/children.py): one that hangs or loses the device takes nothing with it.
 """
 
 import contextlib
@@ -152,8 +153,8 @@ def _attention(draw: Draw, size: Size, images: int) -> Iterator[Case]:
 
 
 ROW_OPS = (
-    "quantize_per_token", "quantize_per_group", "quantize_static", "quantize_residual", "layer_norm", "layernorm_quantize",
-    "add_layernorm_quantize",
+    "quantize_per_token", "quantize_per_group", "quantize_static", "quantize_residual", "layer_norm",
+    "layernorm_quantize", "add_layernorm_quantize",
 )  # fmt: skip
 
 CHECKS: dict[str, Callable[[Draw, Size, int], Iterator[Case]]] = {
@@ -298,8 +299,8 @@ def children(
     weight: int = 1,
     together: bool = False,
 ) -> list[Child]:
-    """A child for each op, or one for all ops `together`; and one for the logits of each backend, which wait for each other.
-    `folder` keeps the logits.
+    """A child for each op, or one for all ops `together`; and one for the logits of each backend, which wait for each
+    other. `folder` keeps the logits.
     """
     spec, checks = {"device": device, "size": size, "folder": str(folder)}, list(CHECKS)
     restarts = len(SIZES[size].images) * 2 * len(names)  # a case that kills its process costs that case alone

@@ -136,7 +136,7 @@ _loaded: dict[str, ctypes.CDLL | str] = {}
 _locks = {library.file: threading.Lock() for library in (CPU, CUDA, CUDA_TWIN)}
 
 PREBUILT = "VQVIT_PREBUILT"
-"""Environment variable: a folder with libraries that were built elsewhere, each used if its sources are those at hand."""
+"""Environment variable: a folder of libraries built elsewhere, each used if its sources are those at hand."""
 
 
 def cpu() -> ctypes.CDLL:

@@ -1,4 +1,4 @@
-"""Compile Triton kernels before a GPU runs them, side by side, and without one: into the folder that Triton caches them in.
+"""Compile Triton kernels before a GPU runs them, side by side, and without one, into Triton's cache.
 
 Launchers run for real, on operands of the same shapes, strides, types and alignment on the meta device or the CPU; only
 the launch itself is left out. What is compiled is therefore what a GPU of the given part would compile, under the same

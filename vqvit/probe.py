@@ -32,8 +32,8 @@ REAL = {
     "attention": ("1x12x197x64", "8x12x197x64", "64x12x197x64", "2x16x257x80", "1x8x577x128"),
     "rows": ("197x768", "1576x1024", "12608x768", "12608x3072"),
 }  # fmt: skip
-"""ViT-B at 1, 8 and 64 images, ragged sizes, and GEMMs of more tiles than multiprocessors: 2944 x 1536 has 276 of 128 x 128, two
-and three for each of an H100's 132 blocks.
+"""ViT-B at 1, 8 and 64 images, ragged sizes, and GEMMs of more tiles than multiprocessors: 2944 x 1536 has 276 of 128 x
+128, two and three for each of an H100's 132 blocks.
 """
 
 SMALL = {
@@ -51,7 +51,8 @@ TWIN = SMALL | {
     "mm": ("70x130x768", "128x256x1024"),
     "linear-groups": ("70x130x768", "128x128x1024"),
 }
-"""For the twin, which is slow: with VQVIT_TWIN_ARCH=90 and one multiprocessor, two tiles are two tiles of one block."""
+TWIN_ENVIRONMENT = {"VQVIT_TWIN_ARCH": "90", "VQVIT_TWIN_MULTIPROCESSORS": "1"}
+"""For the twin, which is slow: on one multiprocessor of Hopper two tiles are two tiles of one block."""
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 

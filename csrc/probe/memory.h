@@ -38,8 +38,9 @@ inline void synchronize() { check(cudaDeviceSynchronize(), "kernel"); }
 inline std::string device_name() {
     cudaDeviceProp properties{};
     check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
-    return std::string(properties.name) + ", sm_" + std::to_string(properties.major) + std::to_string(properties.minor) +
-           ", " + std::to_string(properties.multiProcessorCount) + " multiprocessors";
+    const auto number = [](int value) { return std::to_string(value); };
+    return std::string(properties.name) + ", sm_" + number(properties.major) + number(properties.minor) + ", " +
+           number(properties.multiProcessorCount) + " multiprocessors";
 }
 #else
 inline void* device_bytes(size_t bytes) { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); }
@@ -59,7 +60,9 @@ struct Buffer {
     std::vector<T> host;
     T* device;
 
-    explicit Buffer(size_t count) : host(count), device(static_cast<T*>(device_bytes(bytes() + kGuardBytes))) { clear(); }
+    explicit Buffer(size_t count) : host(count), device(static_cast<T*>(device_bytes(bytes() + kGuardBytes))) {
+        clear();
+    }
     explicit Buffer(std::vector<T> values) : Buffer(values.size()) {
         host = std::move(values);
         to_device(device, host.data(), bytes());

@@ -38,6 +38,9 @@ CACHES = {"VQVIT_CACHE": "vqvit", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_C
 MACHINE_SECONDS = 120.0
 STATUS_NO_GPU = 2
 
+WRITE_SECONDS = 2.0
+"""Rows of a process that still runs are written that often."""
+
 
 def work_folder(arguments: argparse.Namespace) -> Path:
     return arguments.work or Path(tempfile.gettempdir()) / f"vqvit-gpu-{os.getuid()}"
@@ -81,18 +84,20 @@ def found_settings(arguments: argparse.Namespace) -> tuple[Settings, dict]:
 
 
 def run_all(planned: list[Child], settings: Settings, output: Output, seconds: float) -> None:
-    """Run children until the time is over; results are written after each."""
-    start, last = time.monotonic(), [0.0]
+    """Run children until the time is over; results are written after each, and while they come."""
+    start, written, tables = time.monotonic(), [0.0], settings.work / "files"
 
     def say(name: str, row: dict) -> None:
         print(f"{name}: {' '.join(str(v) for v in row.values() if v != '')}"[:240], flush=True)
-        last[0] = time.monotonic()
+        output.note(name, row)
+        if time.monotonic() > written[0] + WRITE_SECONDS:
+            output.write(tables)
+            written[0] = time.monotonic()
 
-    tables = settings.work / "files"
     output.write(tables)
     for outcome in children.run(planned, settings.work, settings.cores, start + seconds, say):
         print(f"== {outcome.name}: {len(outcome.rows)} rows, {outcome.seconds:.0f} s. {outcome.said}", flush=True)
-        output.outcomes.append(outcome)
+        output.add(outcome)
         output.write(tables)
 
 
@@ -157,6 +162,7 @@ def finish(output: Output, planned: list[Child], settings: Settings, seconds: fl
     print(f"\nsummary: {output.folder.name}/{SUMMARY}")
     print("\n".join(output.verdicts()))
     if interrupted:
+        output.write()
         print("interrupted: what came before is kept")
     sys.stdout.flush()
     return int(interrupted or bool(output.wrong()))

@@ -29,10 +29,23 @@ class Output:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.facts, self.optional = folder, facts, optional
         self.outcomes: list[Outcome] = []
+        self.running: dict[str, Outcome] = {}
         self.backends = tuple(facts.get("backends", ()))
         self._kept = {
             name: data for name, data in _members(folder / ARCHIVE) if _section_of_member(name) not in sections
         }
+
+    def note(self, name: str, row: dict) -> None:
+        """A row of a child that still runs."""
+        self.running.setdefault(name, Outcome(name, problem="it had not ended")).rows.append(row)
+
+    def add(self, outcome: Outcome) -> None:
+        self.running.pop(outcome.name, None)
+        self.outcomes.append(outcome)
+
+    @property
+    def known(self) -> list[Outcome]:
+        return [*self.outcomes, *self.running.values()]
 
     def write(self, tables: Path | None = None) -> None:
         """Archive and summary, each whole or as it was; and copies of the tables in a folder, if there is one."""
@@ -42,11 +55,11 @@ class Output:
             write_atomically(self.folder / path.name, path.read_bytes())
 
     def rows(self, section: str) -> list[dict]:
-        of = [outcome for outcome in self.outcomes if section_of(outcome.name) == section]
+        of = [outcome for outcome in self.known if section_of(outcome.name) == section]
         return [row for outcome in of for row in (*outcome.rows, *_death_rows(outcome))]
 
     def sections(self) -> list[str]:
-        return list(dict.fromkeys(section_of(outcome.name) for outcome in self.outcomes))
+        return list(dict.fromkeys(section_of(outcome.name) for outcome in self.known))
 
     # ---- verdicts ---------------------------------------------------------------------------------------------------
 
@@ -54,14 +67,14 @@ class Output:
         """Children with a row of wrong results, or that died, and those that were to run and did not."""
         return [
             o
-            for o in self.outcomes
+            for o in self.known
             if _wrong_rows(o) or o.deaths or (o.problem and (o.started or o.name not in self.optional))
         ]
 
     def verdicts(self) -> Iterator[str]:
         """A line for each section, for each child with a fault, for the targets, and for the whole."""
         for section in self.sections():
-            of = [o for o in self.outcomes if section_of(o.name) == section]
+            of = [o for o in self.known if section_of(o.name) == section]
             ran = [o for o in of if o.started]
             rows, bad = sum(len(o.rows) for o in of), sum(len(_wrong_rows(o)) for o in of)
             died = sum(len(o.deaths) or bool(o.problem) for o in ran)
@@ -93,7 +106,7 @@ class Output:
                 parts.append(_table(shown))
                 if shown is not rows:
                     parts.append(f"\n{len(rows) - len(shown)} more in {ARCHIVE}.")
-        faults = [o for o in self.outcomes if o.said]
+        faults = [o for o in self.known if o.said]
         if faults:
             parts.append("\n## processes that died, or have a note\n")
             parts += [f"- {o.name}: {o.said}" for o in faults]

@@ -124,7 +124,8 @@ def _bits(settings: Settings) -> list[Child]:
 
 
 def _logits(settings: Settings) -> list[Child]:
-    return [child for child in _checks(settings) if section_of(child.name) == "logits"]
+    found = [child for child in _checks(settings) if section_of(child.name) == "logits"]
+    return found[:2] if settings.tiny else found
 
 
 def ops_shares(settings: Settings, backend: str) -> int:
@@ -179,7 +180,7 @@ def _by_backend(section: str, seconds: float):
             part(settings, f"{section}/{backend}", seconds, {"backends": [backend], "quick": True},
                  after=("build", "warm"), weight=1 if settings.tiny else settings.cores,
                  limit=2.5 * seconds if not settings.tiny else 100.0)
-            for backend in timed_backends(settings)[-1 if settings.tiny and section != "kernels" else 0 :]
+            for backend in timed_backends(settings)[-1 if settings.tiny else 0 :]
         ]  # fmt: skip
 
     return plan

@@ -107,7 +107,7 @@ PLANTED = {
     "ops/cpu": Planted("poisoned", "int8_linear odd", "the device was lost"),
     "bits/all": Planted("half_line", "int8_linear_qkv heads on cuda, M = 17", "a half-written last line was dropped"),
     "logits/triton": Planted("killed", "logits on triton", "SIGKILL", restarted=False),
-    "guard/cpu": Planted("silent_exit", "cpu, batch 1", "never came to its end", restarted=False),
+    "timeline/cpu": Planted("silent_exit", "vqvit eager on cpu, batch 1", "never came to its end", restarted=False),
     "models/tiny-1": Planted("bad_exit", "vqvit groups on cuda, tiny, batch 1", "exit status 7"),
 }
 

@@ -69,7 +69,8 @@ def test_a_child_that_ends_well_has_no_problem(tmp_path):
 def test_half_a_line_and_babble_are_dropped_with_a_note(tmp_path):
     code = (
         "say(row={'n': 1})\n"
-        f"with open(os.environ[{children.ROWS!r}], 'a') as file: file.write('== babble ==\\n[1]\\n{{\"row\": {{\"n\": 2')\n"
+        f"file = open(os.environ[{children.ROWS!r}], 'a')\n"
+        'file.write(\'== babble ==\\n[1]\\n{"row": {"n": 2\'); file.close()\n'
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     outcome = run(child(code), folder=tmp_path)["one"]

@@ -159,13 +159,15 @@ struct Gemm {
     }
 };
 
-// Ends of the range, edges of tiles, and others at random.
+// All of a short range; else its ends, edges of tiles, and others at random.
 inline std::vector<int64_t> sampled(int64_t size) {
     std::vector<int64_t> found;
+    for (int64_t i = 0; size <= kSampled && i < size; ++i) found.push_back(i);
+    if (size <= kSampled) return found;
     for (const int64_t i : {int64_t{0}, int64_t{63}, int64_t{64}, int64_t{127}, int64_t{128}, size - 1}) {
-        if (i >= 0 && i < size) found.push_back(i);
+        if (i < size) found.push_back(i);
     }
-    while (static_cast<int64_t>(found.size()) < std::min<int64_t>(size, kSampled)) {
+    while (found.size() < kSampled) {
         found.push_back(static_cast<int64_t>(draw() % static_cast<uint64_t>(size)));
     }
     return found;

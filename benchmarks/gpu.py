@@ -159,13 +159,13 @@ def finish(output: Output, planned: list[Child], settings: Settings, seconds: fl
         run_all(planned, settings, output, seconds)
     except KeyboardInterrupt:
         interrupted = True
+        output.write()
     print(f"\nsummary: {output.folder.name}/{SUMMARY}")
     print("\n".join(output.verdicts()))
     if interrupted:
-        output.write()
         print("interrupted: what came before is kept")
     sys.stdout.flush()
-    return int(interrupted or bool(output.wrong()))
+    return int(interrupted or not output.known or bool(output.wrong()))
 
 
 def parsed() -> argparse.Namespace:

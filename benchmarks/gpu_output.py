@@ -58,6 +58,9 @@ class Output:
         of = [outcome for outcome in self.known if section_of(outcome.name) == section]
         return [row for outcome in of for row in (*outcome.rows, *_death_rows(outcome))]
 
+    def _measured(self, section: str) -> list[dict]:
+        return [row for o in self.known if section_of(o.name) == section for row in o.rows]
+
     def sections(self) -> list[str]:
         return list(dict.fromkeys(section_of(outcome.name) for outcome in self.known))
 
@@ -88,10 +91,17 @@ class Output:
             first = next((f"{_item(row)}: {row.get('note') or 'other bits'}" for row in _wrong_rows(outcome)), "")
             yield f"! {outcome.name}: {'; '.join(filter(None, [outcome.said, first]))[:300]}"
         if {"kernels", "models"} & set(self.sections()):
-            yield from target_lines(self.rows("kernels"), self.rows("models"), self.backends)
+            yield from self._targets()
         bad = self.wrong()
         names = ", ".join(o.name for o in bad[:6]) + (", ..." if len(bad) > 6 else "")
-        yield f"VERDICT: {'all right' if not bad else f'{len(bad)} processes with a fault: {names}'}"
+        said = f"{len(bad)} processes with a fault: {names}" if bad else "all right" if self.known else "nothing ran"
+        yield f"VERDICT: {said}"
+
+    def _targets(self) -> list[str]:
+        try:
+            return list(target_lines(self._measured("kernels"), self._measured("models"), self.backends))
+        except (KeyError, TypeError, ValueError) as error:  # rows of an unforeseen form must not end the run
+            return [f"no targets can be read off the rows: {type(error).__name__}: {error}"]
 
     # ---- files ------------------------------------------------------------------------------------------------------
 

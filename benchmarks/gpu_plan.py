@@ -162,7 +162,7 @@ def timed_backends(settings: Settings) -> tuple[str, ...]:
 def _models(settings: Settings) -> list[Child]:
     if settings.tiny:
         spec = {"arch": "tiny", "batch": 1, "backends": timed_backends(settings)}
-        return [part(settings, "models/tiny-1", 40.0, spec, after=("build",), restarts=2)]
+        return [part(settings, "models/tiny-1", 40.0, spec, after=("build",), restarts=2, limit=200.0)]
     spec = {"archs": ["vit-b16"], "batches": list(MODEL_SECONDS), "cores": settings.cores}
     spec["part"] = [settings.part.arch, settings.part.row, settings.part.sms]
     found = [part(settings, "warm", 25.0, spec, after=("build",), weight=settings.cores)]
@@ -179,7 +179,7 @@ def _by_backend(section: str, seconds: float):
         return [
             part(settings, f"{section}/{backend}", seconds, {"backends": [backend], "quick": True},
                  after=("build", "warm"), weight=1 if settings.tiny else settings.cores,
-                 limit=2.5 * seconds if not settings.tiny else 100.0)
+                 limit=2.5 * seconds if not settings.tiny else 200.0)
             for backend in timed_backends(settings)[-1 if settings.tiny else 0 :]
         ]  # fmt: skip
 

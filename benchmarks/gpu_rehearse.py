@@ -27,7 +27,7 @@ from vqvit.children import ROWS, Child, Outcome, Reporter  # noqa: E402  (the ch
 TWIN = {"VQVIT_CUDA_TWIN": "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 BACKENDS = ("cuda", "triton", "cpu")
 SECTIONS = ("build", "probe", "bits", "logits", "ops", "models", "kernels", "tune", "guard", "timeline")
-SECONDS = 240.0
+SECONDS = 500.0
 
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ def plant(child: Child, planted: Planted) -> Child:
     """The child with a fault in it. A hang is noticed soon."""
     python, *command = child.command
     fault = json.dumps({"fault": planted.fault, "item": planted.item})
-    silence = 12.0 if planted.fault == "hang" else child.silence
+    silence = 20.0 if planted.fault == "hang" else child.silence
     return dataclasses.replace(child, command=(python, __file__, fault, *command), silence=silence)
 
 

@@ -74,7 +74,7 @@ def test_a_right_device_is_said_to_be_right(few, capsys):
 @needs_compiler
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("hang", "killed, silent for 12 s"), ("wrong", "other bits")],
+    [("hang", "killed, silent for 20 s"), ("wrong", "other bits")],
 )
 def test_a_fault_costs_its_own_check_and_is_told(few, capsys, fault, said):
     few("bits/two", fault, "int8_mm 192x64 on triton, M = 17")

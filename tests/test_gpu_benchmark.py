@@ -38,7 +38,7 @@ MOST_FILES = 8
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, **options)
 
 
 # ---- the rehearsal --------------------------------------------------------------------------------------------------
@@ -226,6 +226,15 @@ def test_a_killed_run_leaves_what_came_so_far(tmp_path, kill, status):
     last = (tmp_path / "out" / gpu_output.SUMMARY).read_text().rstrip().splitlines()[-1]
     assert last == "VERDICT: 1 processes with a fault: ops/b"
     assert kill == signal.SIGKILL or "interrupted: what came before is kept" in rest
+
+
+def test_rows_of_an_unforeseen_form_do_not_end_a_run(tmp_path):
+    output = gpu_output.Output(tmp_path, {"backends": ["cuda"]}, ("models",))
+    output.add(children.Outcome("models/x", rows=[{"unforeseen": 1}]))
+    output.write()
+    assert gpu_output.read_rows(tmp_path, "models") == [{"unforeseen": "1"}]
+    assert "no targets can be read off the rows: KeyError: 'arch'" in (tmp_path / gpu_output.SUMMARY).read_text()
+    assert list(gpu_output.Output(tmp_path, {}, ()).verdicts()) == ["VERDICT: nothing ran"]
 
 
 def test_sections_of_an_earlier_call_stay_in_the_archive(tmp_path):

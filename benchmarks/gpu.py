@@ -35,7 +35,6 @@ from vqvit.children import Child, Outcome  # noqa: E402
 CACHES = {"VQVIT_CACHE": "vqvit", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 """Environment variables that say where builds are kept: never in the folder of results."""
 
-MACHINE_SECONDS = 120.0
 STATUS_NO_GPU = 2
 
 WRITE_SECONDS = 2.0
@@ -57,9 +56,8 @@ def caches(work: Path, output: Path) -> dict[str, str]:
 
 def machine(settings: Settings) -> Outcome:
     """Facts of the device, asked in a child."""
-    child = gpu_plan.part(settings, "machine", 15.0, {}, limit=MACHINE_SECONDS)
-    bound = Child(child.name, child.command, child.seconds, child.limit, environment=settings.environment)
-    (outcome,) = children.run([bound], settings.work, 1, time.monotonic() + MACHINE_SECONDS)
+    child = gpu_plan.machine(settings)
+    (outcome,) = children.run([child], settings.work, settings.cores, time.monotonic() + child.limit)
     return outcome
 
 
@@ -124,7 +122,7 @@ def print_plan(arguments: argparse.Namespace) -> int:
     one = arguments.only or arguments.call
     for name, sections in {one: sections_of(arguments)}.items() if one else CALLS.items():
         budget = arguments.budget or BUDGETS.get(name, sum(BUDGETS.values()))
-        planned = gpu_plan.children(settings, sections, keys)
+        planned = [gpu_plan.machine(settings), *gpu_plan.children(settings, sections, keys)]
         print(f"{name}, {budget:.0f} s")
         print(gpu_plan.text(planned, settings.cores, budget, keys if "ops" in sections else ()), "\n")
     return 0

@@ -27,7 +27,8 @@ START_SECONDS = 8.0  # imports, and the device's first call
 COMPILE_SECONDS = 2.4  # of a Triton kernel on one core: 0.4 to 2.4 were seen
 LAUNCHER_SECONDS = 0.3  # of the C stub of a kernel's signature, compiled with it
 CUDA_CASE_SECONDS = 0.02
-MODEL_SECONDS = {256: 55.0, 64: 45.0, 1: 40.0, 8: 40.0}  # max-autotune takes most of it
+MACHINE_SECONDS = 15.0  # the first imports from a cold disk
+MODEL_SECONDS = {256: 50.0, 64: 45.0, 1: 35.0, 8: 35.0}  # max-autotune takes most of it
 
 OPS_SHARES = 10
 H100 = precompile.Part(90, 90, 132)
@@ -87,6 +88,12 @@ def part(settings: Settings, name: str, seconds: float, spec: dict, **options) -
         "work": str(settings.work), "quick": settings.quick or settings.tiny, "seconds": 0.9 * limit, **spec,
     }  # fmt: skip
     return Child(name, (sys.executable, str(CHILD), json.dumps(whole)), seconds, limit, **options)
+
+
+def machine(settings: Settings) -> Child:
+    """Asks for facts of the device, before anything else is planned."""
+    child = part(settings, "machine", MACHINE_SECONDS, {}, limit=120.0, weight=settings.cores)
+    return _bound(child, settings, set())
 
 
 def _build(settings: Settings) -> list[Child]:
@@ -191,7 +198,7 @@ def _tune(settings: Settings) -> list[Child]:
         return []
     spec = {"backends": ["triton"], "quick": True}
     return [
-        part(settings, "tune/triton", 30.0, spec, after=("build",), restarts=3, silence=60.0, weight=settings.cores)
+        part(settings, "tune/triton", 25.0, spec, after=("build",), restarts=3, silence=60.0, weight=settings.cores)
     ]
 
 

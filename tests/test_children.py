@@ -64,6 +64,8 @@ def test_a_child_that_ends_well_has_no_problem(tmp_path):
     assert (outcome.rows, outcome.facts, outcome.said, outcome.deaths) == ([{"n": 1}], {"gpu": "x"}, "", [])
     failed = run(child(code + "\nsys.exit(1)"), folder=tmp_path)["one"]
     assert failed.said == "", "all its work is done: the status says that a row is wrong"
+    accused = run(child(code + "\nprint('ERROR SUMMARY: 1 error'); sys.exit(9)"), folder=tmp_path)["one"]
+    assert accused.problem == "exit status 9: ERROR SUMMARY: 1 error at item", "as a sanitizer ends what it runs"
 
 
 def test_half_a_line_and_babble_are_dropped_with_a_note(tmp_path):

@@ -26,6 +26,9 @@ ROWS, SKIP, FATAL = "VQVIT_ROWS", "VQVIT_SKIP", "VQVIT_FATAL_ITEMS"
 DEVICE_LOST = 3
 """Exit status of a child whose device answers no call any more."""
 
+WRONG = 1
+"""Exit status of a child that did all of its work, and whose rows say what is wrong."""
+
 POLL_SECONDS = 0.02
 GRACE_SECONDS = 5.0
 """How long a killed process may take to go: one that waits inside the kernel, for a driver, is then left behind."""
@@ -279,7 +282,7 @@ class _Running:
             return "the device was lost"
         if status < 0:
             return f"killed by {signal.Signals(-status).name}"
-        if status > 0 and not self._ended:
+        if status > 0 and not (self._ended and status == WRONG):
             return f"exit status {status}{_last_words(self._log)}"
         return "" if self._ended else f"exit status {status}, but it never came to its end"
 

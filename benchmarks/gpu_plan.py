@@ -1,5 +1,6 @@
 """Which child processes a run of gpu.py starts, in order of value, and whether they fit its time."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqvit import device_checks, precompile, probe
-from vqvit.children import Child, schedule
+from vqvit.children import Child, schedule, with_environment
 
 CHILD = Path(__file__).with_name("gpu_child.py")
 
@@ -31,6 +32,7 @@ MACHINE_SECONDS = 15.0  # the first imports from a cold disk
 MODEL_SECONDS = {256: 50.0, 64: 45.0, 1: 35.0, 8: 35.0}  # max-autotune takes most of it
 
 OPS_SHARES = 10
+TINY_LIMIT = 300.0  # of a rehearsal on a busy machine
 H100 = precompile.Part(90, 90, 132)
 
 
@@ -72,17 +74,18 @@ def children(settings: Settings, sections: Sequence[str], keys: Sequence[int] = 
 
 def _bound(child: Child, settings: Settings, names: set[str]) -> Child:
     """With the run's environment, and waiting only for children that run."""
-    environment = {**settings.environment, **child.environment}
     after = tuple(name for name in child.after if name in names)
-    return Child(
-        child.name, child.command, child.seconds, child.limit, child.silence, after, min(child.weight, settings.cores),
-        child.restarts, environment,
+    limit = max(child.limit, TINY_LIMIT) if settings.tiny else child.limit
+    silence = None if settings.tiny else child.silence
+    return dataclasses.replace(
+        with_environment(child, settings.environment), limit=limit, silence=silence, after=after,
+        weight=min(child.weight, settings.cores),
     )  # fmt: skip
 
 
 def part(settings: Settings, name: str, seconds: float, spec: dict, **options) -> Child:
-    """A child of gpu_child.py. It is told to end itself shortly before it would be killed."""
-    limit = options.pop("limit", 2.5 * seconds)
+    """A child of gpu_child.py, with time for two hangs. It is told to end itself shortly before it would be killed."""
+    limit = options.pop("limit", 2.5 * seconds + 2 * (options.get("silence") or 0.0))
     whole = {
         "section": section_of(name), "backends": settings.backends, "device": settings.device,
         "work": str(settings.work), "quick": settings.quick or settings.tiny, "seconds": 0.9 * limit, **spec,
@@ -156,7 +159,7 @@ def _ops(settings: Settings, keys: Sequence[int]) -> list[Child]:
             name = f"ops/{backend}-{index + 1}" if count > 1 else f"ops/{backend}"
             after = ("expected", *(["build"] if backend == "cuda" else []))
             found.append(
-                part(settings, name, seconds, spec, after=after, silence=60.0, restarts=4, environment=one_thread)
+                part(settings, name, seconds, spec, after=after, silence=40.0, restarts=4, environment=one_thread)
             )
     return found
 
@@ -169,14 +172,14 @@ def timed_backends(settings: Settings) -> tuple[str, ...]:
 def _models(settings: Settings) -> list[Child]:
     if settings.tiny:
         spec = {"arch": "tiny", "batch": 1, "backends": timed_backends(settings)}
-        return [part(settings, "models/tiny-1", 40.0, spec, after=("build",), restarts=2, limit=200.0)]
+        return [part(settings, "models/tiny-1", 40.0, spec, after=("build",), restarts=2)]
     spec = {"archs": ["vit-b16"], "batches": list(MODEL_SECONDS), "cores": settings.cores}
     spec["part"] = [settings.part.arch, settings.part.row, settings.part.sms]
     found = [part(settings, "warm", 25.0, spec, after=("build",), weight=settings.cores)]
     for batch, seconds in MODEL_SECONDS.items():
         found.append(
             part(settings, f"models/vit-b16-{batch}", seconds, {"arch": "vit-b16", "batch": batch},
-                 after=("build", "warm"), restarts=2, silence=90.0, weight=settings.cores)
+                 after=("build", "warm"), restarts=2, silence=75.0, limit=2.5 * seconds, weight=settings.cores)
         )  # fmt: skip
     return found
 
@@ -185,8 +188,7 @@ def _by_backend(section: str, seconds: float):
     def plan(settings: Settings) -> list[Child]:
         return [
             part(settings, f"{section}/{backend}", seconds, {"backends": [backend], "quick": True},
-                 after=("build", "warm"), weight=1 if settings.tiny else settings.cores,
-                 limit=2.5 * seconds if not settings.tiny else 200.0)
+                 after=("build", "warm"), weight=1 if settings.tiny else settings.cores)
             for backend in timed_backends(settings)[-1 if settings.tiny else 0 :]
         ]  # fmt: skip
 

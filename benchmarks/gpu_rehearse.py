@@ -27,7 +27,7 @@ from vqvit.children import ROWS, Child, Outcome, Reporter  # noqa: E402  (the ch
 TWIN = {"VQVIT_CUDA_TWIN": "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 BACKENDS = ("cuda", "triton", "cpu")
 SECTIONS = ("build", "probe", "bits", "logits", "ops", "models", "kernels", "tune", "guard", "timeline")
-SECONDS = 500.0
+SECONDS = 600.0
 
 # ---- faults ---------------------------------------------------------------------------------------------------------
 

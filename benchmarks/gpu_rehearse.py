@@ -124,8 +124,8 @@ def run_planted(fault: str, item: str, command: list[str]) -> None:
     """`python COMMAND`, with a fault when it says that `item` comes next."""
     original = Reporter.doing
 
-    def doing(self: Reporter, what: str) -> None:
-        original(self, what)
+    def doing(self: Reporter, what: str, **options: bool) -> None:
+        original(self, what, **options)
         if what == item:
             FAULTS[fault]()
 

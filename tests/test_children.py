@@ -83,8 +83,9 @@ def test_half_a_line_and_babble_are_dropped_with_a_note(tmp_path):
 
 def test_a_restarted_child_goes_on_behind_what_killed_it(tmp_path):
     code = (
+        "say(doing='imports')\n"
         "for n in range(skip, 4):\n"
-        "    say(doing=f'item {n}')\n"
+        "    say(doing=f'item {n}', item=True)\n"
         "    if n in (1, 2): os.abort()\n"
         "    say(row={'n': n})\n"
         "say(end=True)"
@@ -175,4 +176,4 @@ def test_reporter_skips_what_earlier_lives_began(tmp_path, monkeypatch):
     assert [reporter.begin(item) for item in "abcd"] == [False, False, True, True]
     assert not reporter.survived("c") and reporter.survived("d")
     messages = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
-    assert messages == [{"doing": "c"}, {"doing": "d"}]
+    assert messages == [{"doing": "c", "item": True}, {"doing": "d", "item": True}]

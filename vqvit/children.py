@@ -1,8 +1,8 @@
 """Work in child processes that may hang, abort or be killed: whatever they had found by then is kept.
 
 A child is the leader of a session and process group of its own. It appends one JSON object a line to the file that
-$VQVIT_ROWS names: {"facts": {...}} about its machine, {"doing": ITEM} before each item of its work, {"row": {...}} for
-each result, and {"end": true} last. `run` reads these files as they grow, so a child that dies costs what it had not
+$VQVIT_ROWS names: {"facts": {...}} about its machine, {"doing": WHAT} before each step, with "item": true where a restart
+may go on behind it, {"row": {...}} for each result, and {"end": true} last. `run` reads these files as they grow, so a child that dies costs what it had not
 written yet, and the outcome says why it died and at which item. A child may be restarted behind that item.
 
 A child is killed with its whole group, and so hard that no handler is asked: SIGKILL reaches a process that hangs in C.
@@ -97,15 +97,16 @@ class Reporter:
         self._begun += 1
         if self._begun <= self._skip:
             return False
-        self.doing(item)
+        self.doing(item, item=True)
         return True
 
     def survived(self, item: str) -> bool:
         """False if an earlier life of this child died at `item`."""
         return item not in self._fatal
 
-    def doing(self, item: str) -> None:
-        self._say({"doing": item})
+    def doing(self, what: str, item: bool = False) -> None:
+        """Note what comes next. `begin` notes an item."""
+        self._say({"doing": what, "item": item})
 
     def row(self, row: Mapping) -> None:
         self._say({"row": dict(row)})
@@ -325,7 +326,7 @@ class _Running:
             return None
         if "doing" in message:
             self.outcome.doing = str(message["doing"])
-            self._begun += 1
+            self._begun += bool(message.get("item"))
         self.outcome.facts |= message.get("facts", {})
         self._ended = self._ended or bool(message.get("end"))
         if row is not None:

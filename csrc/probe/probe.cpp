@@ -8,7 +8,7 @@
 // of sampled rows and columns; the others, whole, with the CPU library. Every launch is made three times, must give the
 // same bytes each time, and may not write behind its outputs.
 //
-// Output: one JSON object a line: {"facts": ...}, {"doing": CASE} before a case, {"row": ...} behind it,
+// Output: one JSON object a line: {"facts": ...}, {"doing": CASE, ...} before a case, {"row": ...} behind it,
 // {"end": true}; to $VQVIT_ROWS if that is set. Exit status: 0 if all is right, 1 if a result is wrong or a launch
 // failed, 2 for bad arguments, 3 if the device is lost and no later case could run. LIBRARY may also be the CPU's twin
 // of the CUDA library.
@@ -83,7 +83,7 @@ bool device_lost() {
 
 // Whether the case was right.
 bool run_case(const std::string& name, const Family& family, const Sizes& sizes) {
-    say("{\"doing\": " + quoted(name) + "}");
+    say("{\"doing\": " + quoted(name) + ", \"item\": true}");
     Result result;
     std::string note;
     try {

@@ -1,9 +1,10 @@
 """Work in child processes that may hang, abort or be killed: whatever they had found by then is kept.
 
 A child is the leader of a session and process group of its own. It appends one JSON object a line to the file that
-$VQVIT_ROWS names: {"facts": {...}} about its machine, {"doing": WHAT} before each step, with "item": true where a restart
-may go on behind it, {"row": {...}} for each result, and {"end": true} last. `run` reads these files as they grow, so a child that dies costs what it had not
-written yet, and the outcome says why it died and at which item. A child may be restarted behind that item.
+$VQVIT_ROWS names: {"facts": {...}} about its machine, {"doing": WHAT} before each step, with "item": true where a
+restart may go on behind it, {"row": {...}} for each result, and {"end": true} last. `run` reads these files as they
+grow, so a child that dies costs what it had not written yet, and the outcome says why it died and at which item. A
+child may be restarted behind that item.
 
 A child is killed with its whole group, and so hard that no handler is asked: SIGKILL reaches a process that hangs in C.
 """

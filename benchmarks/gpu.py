@@ -51,7 +51,8 @@ def caches(work: Path, output: Path) -> dict[str, str]:
     for name, folder in found.items():
         if output.resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
             raise ValueError(f"{name}: expected a folder outside of the results in {output}; got {folder}")
-    return found
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return found | {"PYTHONPATH": path}  # the checkout need not be installed, nor be the current folder
 
 
 def machine(settings: Settings) -> Outcome:

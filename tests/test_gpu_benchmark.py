@@ -56,7 +56,7 @@ class Rehearsal:
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory) -> Rehearsal:
     folder = tmp_path_factory.mktemp("rehearsal") / "out"
-    done = run("--rehearse", "--output", str(folder))
+    done = run("--rehearse", "--output", str(folder), cwd=folder.parent)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     return Rehearsal(folder, done.stdout)
 

@@ -1,232 +1,210 @@
-"""Everything a GPU can say about vqvit, in one offline command: correctness, kernels, tiles, models, guard, timelines.
+"""Everything a GPU can say about vqvit, offline and from a bare checkout, in a run that cannot be lost.
 
-    python benchmarks/gpu.py [--output FOLDER] [--quick] [--only correctness,kernels,tune,models,guard,timeline]
+    python benchmarks/gpu.py --call correctness [--output FOLDER]     # 480 s: probe, sanitizers, bits, logits, op cases
+    python benchmarks/gpu.py --call timings     [--output FOLDER]     # 300 s: models, kernels, tiles, guard, timelines
 
-Runs from a bare checkout, in less than a minute over `--minutes`. Each section appends rows to FOLDER/gpu_<section>.csv
-as they come, until its share of the time is spent; time that a section leaves goes to the next. A section that fails is
-reported and the others go on. FOLDER/gpu.md sums up, the project's targets first; FOLDER/tuned-<device>.json is a table
-for `kernels/tables`. Exit status 1 if an op's result was wrong or a section failed. `--device cpu` rehearses it all in
-miniature, on the backends of the CPU.
+Every section is a process of its own for each backend, with its own time limit: one that hangs, aborts or loses the
+device costs what it had not yet written. Results are written anew after each process, so that this one may be killed at
+any time: FOLDER/gpu-rows.tar.gz with a CSV file a section, FOLDER/gpu.md whose last lines are the verdicts (printed
+last, too), FOLDER/tuned-<device>.json for `kernels/tables`. Exit status: 1 if a result was wrong or a process died, 2
+for bad arguments or a machine without a GPU.
+
+`--plan` prints what would run and for how long; `--prebuild FOLDER` makes, without a GPU, what `--prebuilt FOLDER` then
+need not compile; `--rehearse` runs everything in miniature on the CPU and kills processes in every way.
 """
 
 import argparse
-import contextlib
-import functools
-import itertools
-import json
+import logging
 import os
 import signal
 import sys
-import threading
+import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-import gpu_models  # noqa: E402  (the checkout need not be installed)
-import torch  # noqa: E402
-from gpu_kernels import kernels  # noqa: E402
-from gpu_summary import verdicts  # noqa: E402
-from gpu_timing import Run, native_backends  # noqa: E402
-from op_cases import CASES  # noqa: E402
-from torch import Tensor  # noqa: E402
+import gpu_plan  # noqa: E402  (the checkout need not be installed)
+from gpu_output import SUMMARY, Output  # noqa: E402
+from gpu_plan import BUDGETS, CALLS, OPS_SHARES, SECTIONS, Settings  # noqa: E402
 
-import vqvit  # noqa: E402
-from vqvit import engines, native, reference  # noqa: E402
-from vqvit.provenance import append_csv, environment, provenance_row  # noqa: E402
-from vqvit.report import text_table  # noqa: E402
+from vqvit import children, native, precompile, probe  # noqa: E402
+from vqvit.children import Child, Outcome  # noqa: E402
 
-SHARES = {"correctness": 0.18, "kernels": 0.22, "tune": 0.12, "models": 0.33, "guard": 0.08, "timeline": 0.07}
-"""Part of the time limit that each section may take."""
+CACHES = {"VQVIT_CACHE": "vqvit", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+"""Environment variables that say where builds are kept: never in the folder of results."""
 
-GRACE_SECONDS = 45
-"""A unit of work, such as a compilation, may outlast its section's time; this long after the limit it is cut off."""
+STATUS_NO_GPU = 2
+
+WRITE_SECONDS = 2.0
+"""Rows of a process that still runs are written that often."""
 
 
-class OutOfTime(BaseException):
-    """The command's time is over: no error, and sections that expect any error must let it through."""
+def work_folder(arguments: argparse.Namespace) -> Path:
+    return arguments.work or Path(tempfile.gettempdir()) / f"vqvit-gpu-{os.getuid()}"
 
 
-# ---- correctness ----------------------------------------------------------------------------------------------------
+def caches(work: Path, output: Path) -> dict[str, str]:
+    """The environment of every child. Raises `ValueError` if builds would land among the results."""
+    found = {name: os.environ.get(name) or str(work / "cache" / folder) for name, folder in CACHES.items()}
+    for name, folder in found.items():
+        if output.resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
+            raise ValueError(f"{name}: expected a folder outside of the results in {output}; got {folder}")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return found | {"PYTHONPATH": path}  # the checkout need not be installed, nor be the current folder
 
 
-def placed(run: Run, argument):
-    return argument.to(run.device) if isinstance(argument, Tensor) else argument
+def machine(settings: Settings) -> Outcome:
+    """Facts of the device, asked in a child."""
+    child = gpu_plan.machine(settings)
+    (outcome,) = children.run([child], settings.work, settings.cores, time.monotonic() + child.limit)
+    return outcome
 
 
-def as_tuple(result) -> tuple:
-    return tuple(result) if isinstance(result, tuple | list) else (result,)
+def found_settings(arguments: argparse.Namespace) -> tuple[Settings, dict]:
+    """The settings for this machine, and the facts they come from. Raises `RuntimeError` without a usable GPU."""
+    work = work_folder(arguments)
+    environment = caches(work, arguments.output)
+    if arguments.prebuilt:
+        environment[native.PREBUILT] = str(arguments.prebuilt.resolve())
+    first = Settings("cuda", (), arguments.cores, work, environment, quick=arguments.quick)
+    outcome = machine(first)
+    if outcome.problem:
+        raise RuntimeError(f"expected a CUDA device that torch can use: {outcome.said}")
+    facts = outcome.facts
+    capability = tuple(facts["capability"])
+    tools = probe.SANITIZERS if probe.sanitizer() else ()
+    from vqvit.kernels import devices
+
+    part = precompile.Part(10 * capability[0] + capability[1], devices.config_row(capability), facts["multiprocessors"])
+    backends = tuple(facts["backends"])
+    return Settings("cuda", backends, arguments.cores, work, environment, False, arguments.quick, tools, part), facts
 
 
-def differing(got: Tensor, want: Tensor) -> int:
-    """Values that differ, NaN being equal to NaN; all of them if shape or dtype do."""
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return max(1, want.numel())
-    got = got.cpu()
-    equal = (got == want) | ((got != got) & (want != want))
-    return int((~equal).sum())
+def run_all(planned: list[Child], settings: Settings, output: Output, seconds: float) -> None:
+    """Run children until the time is over; results are written after each, and while they come."""
+    start, written, tables = time.monotonic(), [0.0], settings.work / "files"
+
+    def say(name: str, row: dict) -> None:
+        print(f"{name}: {' '.join(str(v) for v in row.values() if v != '')}"[:240], flush=True)
+        output.note(name, row)
+        if time.monotonic() > written[0] + WRITE_SECONDS:
+            output.write(tables)
+            written[0] = time.monotonic()
+
+    output.write(tables)
+    for outcome in children.run(planned, settings.work, settings.cores, start + seconds, say):
+        print(f"== {outcome.name}: {len(outcome.rows)} rows, {outcome.seconds:.0f} s. {outcome.said}", flush=True)
+        output.add(outcome)
+        output.write(tables)
 
 
-def correctness(run: Run) -> Iterator[dict]:
-    """Every op case against the reference on the CPU, bit for bit, and a whole model against the CPU's."""
-    for (op, cases), backend in itertools.product(CASES.items(), run.backends):
-        checked, wrong, notes = 0, [], ""
-        for case, draw in cases.items():
-            if run.late:
-                notes = "stopped: out of time"
-                break
-            torch.manual_seed(0)
-            args = draw()
-            want = as_tuple(getattr(reference, op)(*args))
-            with vqvit.backend(backend):
-                try:
-                    got = as_tuple(getattr(torch.ops.vqvit, op)(*(placed(run, a) for a in args)))
-                    bad = sum(differing(g, w) for g, w in zip(got, want, strict=True))
-                except Exception as error:  # a kernel may fail in any way: the row says how
-                    bad, notes = 1, f"{case}: {type(error).__name__}: {str(error).splitlines()[0][:160]}"
-            checked += 1
-            if bad:
-                wrong.append(case)
-        yield {"backend": backend, "op": op, "cases": checked, "wrong": len(wrong), "which": " ".join(wrong[:8]),
-               "note": notes}  # fmt: skip
-    if not run.late:
-        yield from whole_model(run)
-
-
-def whole_model(run: Run) -> Iterator[dict]:
-    """Logits of one quantized model on each backend of this device, against the reference on the CPU."""
-    model = engines.random_model("vit-ti")
-    vqvit.quantize_(model)
-    pixels = torch.randn(2, 3, 224, 224)
-    with torch.inference_mode():
-        with vqvit.backend("reference"):
-            want = model(pixels).logits
-        model.to(run.device)
-        for backend in run.backends:
-            with vqvit.backend(backend):
-                got = model(pixels.to(run.device)).logits.cpu()
-            difference = ((got - want).norm() / want.norm()).item()
-            # The layers outside vqvit (classifier norm, embeddings) are torch's and may round differently.
-            yield {"backend": backend, "op": "vit-ti logits", "cases": 1, "wrong": int(not difference <= 1e-2),
-                   "which": "", "note": f"relative difference {difference:.2e}"}  # fmt: skip
-
-
-# ---- all of it ------------------------------------------------------------------------------------------------------
-
-
-def sections(folder: Path) -> dict[str, Callable[[Run], Iterator[dict]]]:
-    return {
-        "correctness": correctness,
-        "kernels": kernels,
-        "tune": functools.partial(gpu_models.tune, folder=folder),
-        "models": gpu_models.models,
-        "guard": gpu_models.guard,
-        "timeline": gpu_models.timeline,
-    }
-
-
-def run_section(name: str, run: Run, folder: Path) -> tuple[list[dict], str | None]:
-    """The section's rows, which are in its CSV file too, and the traceback if it failed."""
-    rows, facts = [], provenance_row(run.device)
-    try:
-        for row in sections(folder)[name](run):
-            rows.append(row)
-            append_csv(folder / f"gpu_{name}.csv", row | {k: v for k, v in facts.items() if k not in row})
-            print(f"{name}: {' '.join(str(v) for v in row.values() if v != '')}", flush=True)
-    except OutOfTime:
-        print(f"{name}: cut off, the time is over", file=sys.stderr)
-    except Exception:  # the other sections still run, and the summary shows what happened
-        return rows, traceback.format_exc()
-    return rows, None
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises `OutOfTime` in whatever runs after `seconds`."""
+def end_on_signals() -> None:
+    """SIGTERM ends this process as an interrupt from the keyboard does: children are killed first."""
 
     def stop(*_: object) -> None:
-        raise OutOfTime
+        raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.signal(signal.SIGTERM, stop)
+
+
+def sections_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    if arguments.only:
+        return tuple(arguments.only.split(","))
+    return CALLS[arguments.call] if arguments.call else SECTIONS
+
+
+def print_plan(arguments: argparse.Namespace) -> int:
+    """For an H100, with both backends, unless a GPU is found later: nothing is asked of a device here."""
+    tools = probe.SANITIZERS
+    settings = Settings("cuda", ("cuda", "triton"), arguments.cores, work_folder(arguments), {}, tools=tools)
+    keys = gpu_plan.counted_keys(min(OPS_SHARES, settings.cores))
+    one = arguments.only or arguments.call
+    for name, sections in {one: sections_of(arguments)}.items() if one else CALLS.items():
+        budget = arguments.budget or BUDGETS.get(name, sum(BUDGETS.values()))
+        planned = [gpu_plan.machine(settings), *gpu_plan.children(settings, sections, keys)]
+        print(f"{name}, {budget:.0f} s")
+        print(gpu_plan.text(planned, settings.cores, budget, keys if "ops" in sections else ()), "\n")
+    return 0
+
+
+def run_gpu(arguments: argparse.Namespace) -> int:
+    budget = arguments.budget or (BUDGETS[arguments.call] if arguments.call else sum(BUDGETS.values()))
+    start, sections = time.monotonic(), sections_of(arguments)
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        settings, facts = found_settings(arguments)
+    except (RuntimeError, ValueError) as error:
+        print(f"gpu.py: error: {error}. Without a GPU: --plan, --prebuild FOLDER, --rehearse", file=sys.stderr)
+        return STATUS_NO_GPU
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.prebuilt:
+        import gpu_prebuild
+
+        print(gpu_prebuild.install(arguments.prebuilt, Path(settings.environment["TRITON_CACHE_DIR"])), flush=True)
+    planned = gpu_plan.children(settings, sections)
+    left = budget - (time.monotonic() - start)
+    optional = frozenset(child.name for child in planned) - set(gpu_plan.within(planned, settings.cores, left))
+    print(gpu_plan.text(planned, settings.cores, left, ()), flush=True)
+    output = Output(arguments.output, facts, sections, optional)
+    return finish(output, planned, settings, left)
 
 
-def table_of(rows: list[dict]) -> str:
-    return f"```\n{text_table(list(rows[0]), [[str(v) for v in row.values()] for row in rows])}\n```"
+def finish(output: Output, planned: list[Child], settings: Settings, seconds: float) -> int:
+    """Run, and print the verdicts last, however the run ends. Returns the exit status."""
+    end_on_signals()
+    interrupted = False
+    try:
+        run_all(planned, settings, output, seconds)
+    except KeyboardInterrupt:
+        interrupted = True
+        output.write()
+    print(f"\nsummary: {output.folder.name}/{SUMMARY}")
+    print("\n".join(output.verdicts()))
+    if interrupted:
+        print("interrupted: what came before is kept")
+    sys.stdout.flush()
+    return int(interrupted or not output.known or bool(output.wrong()))
 
 
-def summary(facts: dict, done: dict[str, tuple[list[dict], str | None, float]], names: tuple[str, ...]) -> str:
-    """gpu.md: targets, then every section with its rows and seconds."""
-    rows = {name: found for name, (found, _, _) in done.items()}
-    parts = [f"# vqvit on {facts['device']}\n", f"```json\n{json.dumps(facts, indent=1)}\n```", "\n## targets\n"]
-    parts.append(table_of(list(verdicts(rows.get("kernels", []), rows.get("models", []), names))))
-    for name, (found, problem, seconds) in done.items():
-        parts.append(f"\n## {name}: {len(found)} rows in {seconds:.0f} s\n")
-        if found:
-            parts.append(table_of(found))
-        if problem:
-            parts.append(f"FAILED\n\n```\n{problem}```")
-    return "\n".join(parts) + "\n"
-
-
-def build_cuda() -> None:
-    """Build the CUDA C++ kernels; why that fails is what their first use then says."""
-    with contextlib.suppress(native.NativeUnavailableError):
-        native.cuda()
-
-
-def run_all(wanted: list[str], device: torch.device, quick: bool, seconds: float, folder: Path) -> bool:
-    """Run sections one after the other; gpu.md is rewritten after each. Returns whether anything was wrong."""
-    names, facts, done = native_backends(device.type), environment(device), {}
-    if "cuda" in names:  # nvcc takes a minute, in which Triton's kernels are checked
-        threading.Thread(target=build_cuda, daemon=True).start()
-    start, share = time.monotonic(), 0.0
-    with contextlib.suppress(OutOfTime), time_limit(seconds + GRACE_SECONDS):
-        for name in wanted:
-            began = time.monotonic()
-            if began > start + seconds:
-                break
-            share += SHARES[name] / sum(SHARES[w] for w in wanted)
-            rows, problem = run_section(name, Run(device, names, quick, start + share * seconds), folder)
-            done[name] = rows, problem, time.monotonic() - began
-            (folder / "gpu.md").write_text(summary(facts, done, names))  # as far as it got
-            if problem:
-                print(problem, file=sys.stderr)
-    return any(
-        problem is not None or any(int(row.get("wrong", 0)) for row in rows) for rows, problem, _ in done.values()
-    )
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", ROOT / "benchmarks/results")))
+    parser.add_argument("--call", choices=tuple(CALLS), help="the sections of one call; all of both without it")
+    parser.add_argument("--only", help=f"sections, by comma, of {', '.join(SECTIONS)}")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="480 for correctness, 300 for timings")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="processes side by side")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="for caches and logs; a temporary folder otherwise")
+    parser.add_argument("--prebuilt", type=Path, metavar="FOLDER", help="what --prebuild made")
+    parser.add_argument("--plan", action="store_true", help="print the plan, run nothing")
+    parser.add_argument("--prebuild", type=Path, metavar="FOLDER", help="compile what a GPU machine can be given")
+    parser.add_argument("--key-of", metavar="PYTHON", help="--prebuild: for the Triton of another interpreter")
+    parser.add_argument("--rehearse", action="store_true", help="in miniature, on the CPU, with planted faults")
+    parser.add_argument("--no-faults", action="store_true", help="--rehearse: plant none")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.only.split(",") if arguments.only else ()) - set(SECTIONS):
+        parser.error(f"--only: expected sections among {', '.join(SECTIONS)}; got {', '.join(sorted(unknown))}")
+    if arguments.cores < 1 or (arguments.budget is not None and arguments.budget <= 0):
+        parser.error(f"expected positive --cores and --budget; got {arguments.cores} and {arguments.budget}")
+    return arguments
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", ROOT / "benchmarks/results")))
-    parser.add_argument("--only", default=",".join(SHARES), help="sections, by comma")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and models")
-    parser.add_argument("--minutes", type=float, help="time limit; 7, or 2 with --quick")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    arguments = parser.parse_args()
-    wanted = arguments.only.split(",")
-    if unknown := set(wanted) - SHARES.keys():
-        parser.error(f"--only: expected sections among {', '.join(SHARES)}; got {', '.join(sorted(unknown))}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("expected a CUDA device; torch sees none (rehearse with --device cpu)")
-    if arguments.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: `tune` measures its kernels
-    os.environ.setdefault("VQVIT_CACHE", str(arguments.output / ".cache"))
-    device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    start, minutes = time.monotonic(), arguments.minutes or (2 if arguments.quick else 7)
-    failed = run_all(wanted, device, arguments.quick, 60 * minutes, arguments.output)
-    print(f"done in {time.monotonic() - start:.0f} s; summary: {arguments.output.name}/gpu.md")
-    return int(failed)
+    arguments = parsed()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if arguments.plan:
+        arguments.cores = arguments.cores if "--cores" in sys.argv else 16
+        return print_plan(arguments)
+    if arguments.prebuild:
+        import gpu_prebuild
+
+        return gpu_prebuild.prebuild(arguments.prebuild, work_folder(arguments), arguments.cores, arguments.key_of)
+    if arguments.rehearse:
+        import gpu_rehearse
+
+        return gpu_rehearse.rehearse(arguments)
+    return run_gpu(arguments)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def kernel_shapes(run: Run) -> Iterator[tuple[str, int, roofline.Shape]]:
         yield "tiny", 1, roofline.Shape(width=64, mlp=128, heads=1, blocks=2, tokens=17, patch=48)
         return
     archs = ["vit-b16"] if run.quick else ["vit-b16", "vit-l16", "vit-h14"]
-    for batch in (64, 1) if run.quick else (256, 64, 1, 8):
+    for batch in (256, 1) if run.quick else (256, 64, 1, 8):
         for arch in archs:
             yield arch, batch, roofline.SHAPES[arch]
 
@@ -116,17 +116,20 @@ def kernels(run: Run) -> Iterator[dict]:
             for launch, (n, k) in shape.linears.items():
                 if run.late:
                     return
+                run.reporter.doing(f"{launch} of {arch}, batch {batch}")
                 sets = [gemm_calls(run, launch, m, n, k) for _ in range(operand_sets(m * k + n * k + m * n))]
                 timers = {name: back_to_back([s[name] for s in sets], run.device) for name in sets[0]}
                 times = take_turns(timers, rounds)
                 yield from kernel_rows(base, launch, times, predicted[launch], 2 * m * n * k, peak)
             if run.late:
                 return
+            run.reporter.doing(f"attention of {arch}, batch {batch}")
             attention, stored = attention_calls(run, backend, batch, shape)
             for what, calls in (("attention", attention), ("attention_quantize", stored)):
                 timers = {name: back_to_back([call], run.device) for name, call in calls.items()}
                 yield from kernel_rows(base, what, take_turns(timers, rounds), predicted.get(what))
             for op, (call, traffic) in row_calls(run, batch, shape).items():
+                run.reporter.doing(f"{op} of {arch}, batch {batch}")
                 times = take_turns({"vqvit": back_to_back([call], run.device)}, rounds)
                 yield from kernel_rows(base, op, times, None, traffic, copy)
 

@@ -13,7 +13,8 @@ from gpu_timing import Run
 from torch import Tensor, nn
 
 import vqvit
-from vqvit import engines, runtime, tuning
+from vqvit import engines, precompile, runtime, tuning
+from vqvit.plan import QuantConfig
 from vqvit.timing import back_to_back, take_turns
 
 TARGETS = {("vit-b16", 1): 1.6, ("vit-b16", 8): 1.7, ("vit-b16", 64): 2.0, ("vit-b16", 256): 2.05} | {
@@ -21,18 +22,16 @@ TARGETS = {("vit-b16", 1): 1.6, ("vit-b16", 8): 1.7, ("vit-b16", 64): 2.0, ("vit
 }  # fmt: skip
 """The project's targets: speed-up over compiled bf16 with fused attention, on an H200."""
 
+CONTENDERS = {
+    "vqvit per token": QuantConfig(),
+    "vqvit groups": tuning.GROUPED,
+    "vqvit float attention": QuantConfig(attention="float"),
+}
+
 Engine = tuple[str, str]
 """A name, and the backend that its vqvit ops run on, or "torch"."""
 
 # ---- models ---------------------------------------------------------------------------------------------------------
-
-
-def model_cases(run: Run) -> list[tuple[str, list[int]]]:
-    if not run.cuda:
-        return [("tiny", [1])]
-    if run.quick:
-        return [("vit-b16", [64, 1])]
-    return [("vit-b16", [64, 1, 256, 8]), ("vit-l16", [64, 1, 256, 8]), ("dinov2-s", [64, 1])]
 
 
 def float_model(run: Run, arch: str) -> nn.Module:
@@ -55,54 +54,61 @@ def forced(backend: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if backend == "torch" else vqvit.backend(backend)
 
 
-def contenders(run: Run, arch: str) -> tuple[dict[Engine, nn.Module], dict[str, str]]:
-    """Engines for one architecture, weights in bf16, and why others are missing."""
+def contenders(run: Run, arch: str) -> dict[Engine, Callable[[], nn.Module]]:
+    """Engines for one architecture, weights in bf16, each built when it is called for."""
     half = float_model(run, arch)
-    quantized = copy.deepcopy(half)
-    vqvit.quantize_(quantized, tuning.GROUPED)
-    models: dict[Engine, nn.Module] = {("bf16 eager", "torch"): half}
-    for backend in run.backends:
-        models["vqvit eager", backend] = quantized
-        if run.cuda:  # of its own: a graph keeps the kernels that it was captured with
-            models["vqvit graphed", backend] = runtime.graphed(quantized)
-    if run.cuda:
-        mode = "reduce-overhead" if run.quick else "max-autotune"
-        models[f"bf16 {mode}", "torch"] = torch.compile(half, mode=mode)
-    try:
+    half.set_attn_implementation("sdpa")  # fused, whatever the default is
+
+    def quantized(config: QuantConfig) -> nn.Module:
+        model = copy.deepcopy(half)
+        vqvit.quantize_(model, config)
+        return runtime.graphed(model) if run.cuda else model
+
+    def compiled(model: nn.Module) -> nn.Module:
+        """Of static shapes, so that no kernel is tuned for another batch."""
+        return torch.compile(model, mode="max-autotune", dynamic=False)
+
+    def torchao() -> nn.Module:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig
         from torchao.quantization import quantize_ as torchao_quantize
-    except ImportError as error:
-        return models, {"torchao int8": str(error)}
-    peer = copy.deepcopy(half)
-    torchao_quantize(peer, Int8DynamicActivationInt8WeightConfig())
-    models["torchao int8", "torch"] = torch.compile(peer, mode="max-autotune") if run.cuda else peer
-    return models, {}
+
+        peer = copy.deepcopy(half)
+        torchao_quantize(peer, Int8DynamicActivationInt8WeightConfig())
+        return compiled(peer) if run.cuda else peer
+
+    found: dict[Engine, Callable[[], nn.Module]] = {("bf16 eager", "torch"): lambda: half}
+    if run.cuda:
+        found["bf16 max-autotune", "torch"] = lambda: compiled(half)
+    for (name, config), backend in itertools.product(CONTENDERS.items(), run.backends):
+        found[name, backend] = lambda config=config: quantized(config)
+    if not run.quick:
+        found["torchao int8", "torch"] = torchao
+    return found
 
 
-def models(run: Run) -> Iterator[dict]:
-    """Latency, images a second and memory of whole models."""
-    for arch, batches in model_cases(run):
-        if run.late:
-            return
-        found, missing = contenders(run, arch)
-        for name, reason in missing.items():
-            yield model_row(run, arch, "", (name, "torch"), note=f"missing: {reason}")
-        for batch in batches:
-            pixels = pixels_for(run, batch)
-            timers, memory = {}, {}
-            for engine, model in found.items():
-                if run.late:
-                    yield model_row(run, arch, batch, engine, note="skipped: out of time")
-                    continue
-                try:
-                    timers[engine], memory[engine] = model_timer(run, model, engine[1], pixels)
-                except Exception as error:  # a peer may fail in any way: the row says how
-                    yield model_row(run, arch, batch, engine, note=f"{type(error).__name__}: {str(error)[:160]}")
-            times = take_turns(timers, (5 if run.quick else 15) if run.cuda else 2) if timers else {}
-            floats = [t[0] for (name, _), t in times.items() if name.startswith("bf16")]
-            for engine, (median, low, high) in times.items():
-                ratio = min(floats) / median if floats else None
-                yield model_row(run, arch, batch, engine, median, low, high, ratio, memory[engine])
+def models(run: Run, arch: str, batch: int) -> Iterator[dict]:
+    """Latency, images a second and memory of whole models, all in turns. A contender that fails, or that killed an
+    earlier life of this process, is a row that says so.
+    """
+    pixels = pixels_for(run, batch)
+    timers, memory = {}, {}
+    torch._dynamo.reset()  # or a second batch in this process would be compiled with a symbolic size
+    for engine, build in contenders(run, arch).items():
+        what = f"{' on '.join(engine)}, {arch}, batch {batch}"
+        if run.late or not run.reporter.survived(what):
+            yield model_row(run, arch, batch, engine, note="out of time" if run.late else "it killed its process")
+            continue
+        run.reporter.doing(what)
+        try:
+            timers[engine], memory[engine] = model_timer(run, build(), engine[1], pixels)
+        except Exception as error:  # a peer may fail in any way: the row says how
+            yield model_row(run, arch, batch, engine, note=run.failed(error))
+    run.reporter.doing(f"all in turns, {arch}, batch {batch}")
+    times = take_turns(timers, (5 if run.quick else 15) if run.cuda else 2) if timers else {}
+    floats = [t[0] for (name, _), t in times.items() if name.startswith("bf16")]
+    for engine, (median, low, high) in times.items():
+        ratio = min(floats) / median if floats else None
+        yield model_row(run, arch, batch, engine, median, low, high, ratio, memory[engine])
 
 
 def model_timer(run: Run, model: nn.Module, backend: str, pixels: Tensor) -> tuple[Callable[[], float], float]:
@@ -117,7 +123,7 @@ def model_timer(run: Run, model: nn.Module, backend: str, pixels: Tensor) -> tup
             synchronize()
             return (time.perf_counter() - start) * 1e6
 
-    for _ in range(3):
+    for _ in range(3 if run.cuda else 1):
         once()
     if not run.cuda:
         return once, 0.0
@@ -130,16 +136,16 @@ def model_row(
     run: Run, arch, batch, engine, median=None, low=None, high=None, ratio=None, memory=None, note=""
 ) -> dict:
     known, (name, backend) = median is not None, engine
-    graphed = name == "vqvit graphed"
+    ours = name in CONTENDERS
     shape = roofline.SHAPES.get(arch)
     predicted = ""
-    if known and shape and graphed and backend in roofline.BACKENDS:
+    if known and shape and name != "vqvit float attention" and ours and backend in roofline.BACKENDS:
         predicted = f"{roofline.model_us(run.gpu, shape, batch, roofline.BACKENDS[backend]):.0f}"
     return {"arch": arch, "batch": batch, "engine": name, "backend": backend, "us": f"{median:.1f}" if known else "",
             "p20": f"{low:.1f}" if known else "", "p80": f"{high:.1f}" if known else "",
             "images_per_s": f"{batch / median * 1e6:.0f}" if known else "",
             "over_best_bf16": f"{ratio:.2f}" if ratio else "",
-            "target": TARGETS.get((arch, batch), "") if graphed else "", "predicted_us": predicted,
+            "target": TARGETS.get((arch, batch), "") if ours else "", "predicted_us": predicted,
             "peak_memory_mb": f"{memory:.0f}" if memory else "", "note": note}  # fmt: skip
 
 
@@ -152,6 +158,7 @@ def guard(run: Run) -> Iterator[dict]:
     for batch, backend in itertools.product(batches[:1] if run.quick else batches, run.backends):
         if run.late:
             return
+        run.reporter.doing(f"{backend}, batch {batch}")
         model = float_model(run, arch)
         with vqvit.backend(backend):
             report = vqvit.quantize_(model, tuning.GROUPED, min_speedup=1.0, sample=pixels_for(run, batch))
@@ -172,11 +179,13 @@ def timeline(run: Run) -> Iterator[dict]:
     activity = ProfilerActivity.CUDA if run.cuda else ProfilerActivity.CPU
     if run.late:
         return
-    found, _ = contenders(run, arch)
-    eager = [engine for engine in found if engine[0].endswith("eager")]
-    for batch, engine in itertools.product((1, 64) if run.cuda else (1,), eager):
+    half, quantized = float_model(run, arch), float_model(run, arch)
+    vqvit.quantize_(quantized, tuning.GROUPED)
+    found = {("bf16 eager", "torch"): half} | {("vqvit eager", backend): quantized for backend in run.backends}
+    for batch, engine in itertools.product((1, 64) if run.cuda else (1,), found):
         if run.late:
             return
+        run.reporter.doing(f"{' on '.join(engine)}, batch {batch}")
         pixels = pixels_for(run, batch)
         with forced(engine[1]), torch.inference_mode():
             found[engine](pixels)
@@ -201,16 +210,31 @@ def clocked(candidates: dict, device: torch.device) -> dict[str, float]:
     return {name: median for name, (median, _, _) in take_turns(timers, 1).items()}
 
 
+def part_of(run: Run) -> precompile.Part:
+    """What kernels are compiled for."""
+    from vqvit.kernels import devices
+
+    properties = torch.cuda.get_device_properties(run.device)
+    capability = properties.major, properties.minor
+    row = devices.config_row(capability)
+    return precompile.Part(10 * capability[0] + capability[1], row, properties.multi_processor_count)
+
+
 def tune(run: Run, folder: Path) -> Iterator[dict]:
-    """`vqvit tune` for ViT-B and ViT-L: FOLDER/tuned-<device>.json holds what was measured so far."""
+    """`vqvit tune`: FOLDER/tuned-<device>.json holds what was measured so far."""
     from vqvit.kernels import launch, tuned
 
     gpu = launch.cuda_device(run.device.index) if run.cuda else launch.Device(launch.INTERPRETER, 1)
     capability = torch.cuda.get_device_capability(run.device) if run.cuda else (0, 0)
     facts = tuning.facts(torch.cuda.get_device_name(run.device) if run.cuda else "interpreter", capability)
     path, choices = folder / f"tuned-{tuned.file_name(gpu)}", []
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.cuda:
+        run.reporter.doing("compiling every config of every launch")
+        for problem in precompile.warm(list(tuning.compilations(tune_calls(run, meta=True), gpu)), part_of(run)):
+            print(problem)
     with contextlib.closing(tune_calls(run)) as calls:
-        for choice in tuning.measure(calls, gpu, run.device, tuning.medians if run.cuda else clocked):
+        for choice in tuning.measure(announced(run, calls), gpu, run.device, tuning.medians if run.cuda else clocked):
             choices.append(choice)
             tuning.write(path, tuning.table(choices, gpu, "measured", facts))
             row = tuning.row(choice)
@@ -222,15 +246,28 @@ def tune(run: Run, folder: Path) -> Iterator[dict]:
                    "note": row["problem"]}  # fmt: skip
 
 
-def tune_calls(run: Run) -> Iterator[tuning.Call]:
-    """Calls to measure while there is time, the largest batches first, as they gain most."""
-    if not run.cuda:
-        yield from tuning.record(tuning.quantized(float_model(run, "tiny")), [pixels_for(run, 1)])
-        return
-    for arch in ("vit-b16",) if run.quick else ("vit-b16", "vit-l16"):
-        models = tuning.models_of(arch, run.device)
-        for batch in (64, 1) if run.quick else (256, 64, 1, 8):
-            for call in tuning.record(models, [pixels_for(run, batch)]):
+def announced(run: Run, calls: Iterator[tuning.Call]) -> Iterator[tuning.Call]:
+    for call in calls:
+        launch = call.launch
+        if not run.reporter.begin(f"{launch.kind} {launch.m} {'x'.join(map(str, launch.shape))}"):
+            continue
+        yield call
+
+
+def tune_calls(run: Run, meta: bool = False) -> Iterator[tuning.Call]:
+    """Calls to measure while there is time, the largest batches first, as they gain most; or their shapes alone."""
+    place = torch.device("meta") if meta else run.device
+    for arch in (("vit-b16",) if run.quick else ("vit-b16", "vit-l16")) if run.cuda else ("tiny",):
+        if run.cuda:
+            models = [model.to(place) for model in tuning.models_of(arch, torch.device("cpu"))]
+        else:
+            models = tuning.quantized(float_model(run, arch))
+        seen = set()
+        for batch in (256, 64, 1, 8) if run.cuda else (1,):
+            for call in tuning.record(models, [pixels_for(run, batch).to(place)]):
                 if run.late:
                     return
-                yield call
+                few = call.launch.kind, call.launch.m
+                if run.cuda or few not in seen:  # a rehearsal takes one of each
+                    yield call
+                seen.add(few)

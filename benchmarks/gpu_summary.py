@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from gpu_models import TARGETS
+from gpu_models import CONTENDERS, TARGETS
 
 ARCH, BATCH = "vit-b16", 256
 GEMM_SHARES = {"fc2": 0.60, "qkv": 0.45, "attn_out": 0.45, "fc1": 0.45}
@@ -30,12 +30,23 @@ def verdicts(kernels: list[dict], models: list[dict], backends: tuple[str, ...])
             reached = [
                 float(row["over_best_bf16"])
                 for row in models
-                if (row["arch"], row["batch"], row["engine"], row["backend"]) == (arch, batch, "vqvit graphed", backend)
+                if (row["arch"], int(row["batch"]), row["backend"]) == (arch, batch, backend)
+                and row["engine"] in CONTENDERS
                 and row["over_best_bf16"]
             ]
             yield verdict(
                 f"{arch} batch {batch}, speed-up over the best bf16", backend, least, max(reached, default=None)
             )
+
+
+def target_lines(kernels: list[dict], models: list[dict], backends: tuple[str, ...]) -> Iterator[str]:
+    """A line for each target that was measured, and one that counts the others."""
+    found = list(verdicts(kernels, models, backends))
+    for row in found:
+        if row["reached"]:
+            yield f"{row['verdict']}: {row['target']} on {row['backend']}: {row['reached']}, wanted {row['wanted']}"
+    missing = sum(not row["reached"] for row in found)
+    yield f"{missing} of {len(found)} targets not measured"
 
 
 def verdict(target: str, backend: str, least: float, reached: float | None) -> dict:
@@ -49,7 +60,7 @@ def _share(kernels: list[dict], what: str, backend: str) -> float | None:
     shares = [
         float(row["share_of_peak"])
         for row in kernels
-        if (row["arch"], row["batch"], row["what"], row["backend"]) == (ARCH, BATCH, what, backend)
+        if (row["arch"], str(row["batch"]), row["what"], row["backend"]) == (ARCH, str(BATCH), what, backend)
         and row["engine"].startswith("vqvit")
         and row["share_of_peak"]
     ]

@@ -1,23 +1,29 @@
 """What the sections of gpu.py share: where and how long they run, and the peaks of a device, measured."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import roofline
 import torch
 
-from vqvit import backends
+from vqvit import device_checks
+from vqvit.children import Reporter
 from vqvit.timing import back_to_back, take_turns
+
+
+class DeviceLostError(RuntimeError):
+    """The device answers no call any more: this process can do nothing else with it."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the sections share: where, on which backends (best first), how much, until when."""
+    """What the sections share: where, on which backends (best first), how much, until when, and who is told."""
 
     device: torch.device
     backends: tuple[str, ...]
     quick: bool
     deadline: float
+    reporter: Reporter = field(default_factory=Reporter)
 
     @property
     def cuda(self) -> bool:
@@ -32,11 +38,11 @@ class Run:
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
-
-def native_backends(device_type: str) -> tuple[str, ...]:
-    """The backends that run here and take tensors of this type, best first: the reference if there is no other."""
-    able = [name for name in backends.PREFERENCE[device_type] if not backends.unavailable(name)]
-    return tuple(name for name in able if name != "reference") or ("reference",)
+    def failed(self, error: Exception) -> str:
+        """How a contender failed, for its row. Raises `DeviceLostError` if that took the device along."""
+        if device_checks.device_lost(self.device):
+            raise DeviceLostError(str(error)) from error
+        return device_checks.short(error)
 
 
 def copy_rate(run: Run) -> float:

@@ -28,7 +28,7 @@ CUDA_ARCHS = ("75", "80", "90a")
 @dataclass(frozen=True)
 class Library:
     """device: folder in csrc/, and vqvit_<device>_ starts its functions; units: patterns of its files there; compiler:
-    "c++" or "nvcc".
+    "c++" or "nvcc"; link: what makes objects a library, or a program.
     """
 
     file: str
@@ -36,6 +36,7 @@ class Library:
     units: tuple[str, ...]
     compiler: str
     flags: tuple[str, ...]
+    link: tuple[str, ...] = ("-shared",)
 
 
 # OpenMP's runtime is not linked: its symbols come from the libgomp that torch has loaded, so that both share one pool
@@ -55,6 +56,13 @@ CUDA = cuda_library()
 
 # csrc/cuda/twin.h: the CUDA kernels on the CPU, one fibre a thread, for tests.
 CUDA_TWIN = Library("libvqvit_cuda_twin.so", "cuda", ("*.cu", "*.cpp"), "c++", CXX_FLAGS)
+
+
+# csrc/probe: a program that runs kernels of the CUDA library, or of its twin, and needs no Python. nvcc links its
+# runtime statically.
+_PROGRAM = ("-ldl", "-lpthread")
+PROBE = Library("vqvit_probe", "probe", ("*.cpp",), "nvcc", ("-std=c++17", "-O3", "-DVQVIT_PROBE_CUDA"), _PROGRAM)
+PROBE_TWIN = Library("vqvit_probe_twin", "probe", ("*.cpp",), "c++", (*CXX_FLAGS, "-pthread"), _PROGRAM)
 
 
 class BuildError(RuntimeError):
@@ -113,7 +121,7 @@ def build(csrc: Path, library: Library, output: Path) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, sources, objects))
         linked = Path(folder, output.name)
-        _run([program, "-shared", *map(str, objects), "-o", str(linked)])
+        _run([program, *map(str, objects), *library.link, "-o", str(linked)])
         linked.replace(output)
 
 

@@ -1,7 +1,8 @@
-"""The command line: `vqvit quantize | sensitivity | plan | eval | export | bench | tune | inspect | env | demo`.
+"""The command line: `vqvit quantize | sensitivity | plan | eval | export | bench | tune | inspect | env | doctor |
+demo`.
 
-Results go to stdout, as text or (`--json`) as one JSON object; progress and errors go to stderr. Exit status: 0, or 2
-after an error.
+Results go to stdout, as text or (`--json`) as one JSON object; progress and errors go to stderr. Exit status: 0, 1 if
+what a command checks is wrong, or 2 after an error.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from vqvit.commands import bench, demo, env, evaluate, export, inspect, plan, quantize, sensitivity, tune
+from vqvit.commands import bench, demo, doctor, env, evaluate, export, inspect, plan, quantize, sensitivity, tune
 
 COMMANDS = {
     "quantize": quantize,
@@ -25,9 +26,11 @@ COMMANDS = {
     "tune": tune,
     "inspect": inspect,
     "env": env,
+    "doctor": doctor,
     "demo": demo,
 }
-"""Name to module: its docstring is the help, `add_arguments`, `run` to a JSON-ready dict, `to_text` of that dict."""
+"""Name to module: its docstring is the help, `add_arguments`, `run` to a JSON-ready dict, `to_text` of that dict, and
+`exit_status` of it where that may be 1."""
 
 ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError)
 """What the package raises, with a message for people, when input or machine are not as expected."""
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     text = json.dumps(_plain(result), indent=1, allow_nan=False) if arguments.json else command.to_text(result)
     print(text)
-    return 0
+    return getattr(command, "exit_status", lambda _: 0)(result)
 
 
 def _parser() -> argparse.ArgumentParser:

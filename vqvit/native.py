@@ -1,7 +1,8 @@
 """Finds, builds if need be, and loads the native libraries (C ABI: csrc/vqvit.h).
 
-The library inside the package (put there by setup.py) is used if it was built from the sources at hand; else csrc/ is
-compiled once into a cache: `$VQVIT_CACHE`, or ~/.cache/vqvit. Nothing happens at import.
+The library inside the package (put there by setup.py), or in the folder that `$VQVIT_PREBUILT` names, is used if it was
+built from the sources at hand; else csrc/ is compiled once into a cache: `$VQVIT_CACHE`, or ~/.cache/vqvit. Nothing
+happens at import.
 """
 
 import ctypes
@@ -134,6 +135,9 @@ _loaded: dict[str, ctypes.CDLL | str] = {}
 
 _locks = {library.file: threading.Lock() for library in (CPU, CUDA, CUDA_TWIN)}
 
+PREBUILT = "VQVIT_PREBUILT"
+"""Environment variable: a folder of libraries built elsewhere, each used if its sources are those at hand."""
+
 
 def cpu() -> ctypes.CDLL:
     """The CPU library, loaded on first use. Raises `NativeUnavailableError`."""
@@ -143,6 +147,11 @@ def cpu() -> ctypes.CDLL:
 def cuda() -> ctypes.CDLL:
     """The CUDA library, or its twin on the CPU where `emulating_cuda`. Raises `NativeUnavailableError`."""
     return _library(CUDA_TWIN if emulating_cuda() else CUDA)
+
+
+def library_file(library: Library) -> Path:
+    """The file of a library, which is loaded, and built if need be. Raises `NativeUnavailableError`."""
+    return Path(_library(library)._name)
 
 
 def emulating_cuda() -> bool:
@@ -187,7 +196,7 @@ def cuda_unavailable() -> str | None:
     if library.file in _loaded:
         found = _loaded[library.file]
         return found if isinstance(found, str) else None
-    if (_PACKAGE / "_lib" / library.file).is_file():
+    if any(path.is_file() for path in _ready(library)):
         return None
     try:
         _build.compiler(library)
@@ -237,18 +246,36 @@ def cached_library(csrc: Path, library: Library) -> Path:
     return path
 
 
+def _ready(library: Library) -> list[Path]:
+    """Where the library may lie without having been built here."""
+    prebuilt = os.environ.get(PREBUILT)
+    return [_PACKAGE / "_lib" / library.file, *([Path(prebuilt) / library.file] if prebuilt else [])]
+
+
 def _load(library: Library) -> ctypes.CDLL:
-    csrc, packaged = csrc_directory(), _PACKAGE / "_lib" / library.file
-    if packaged.is_file():
-        opened = _open(packaged)
-        if csrc is None or _text(opened, library.device, "source_hash") == _build.source_hash(csrc, library):
+    csrc = csrc_directory()
+    for path in filter(Path.is_file, _ready(library)):
+        try:
+            opened = _open(path)
+        except OSError as error:
+            if csrc is None:
+                raise
+            logger.info("%s cannot be loaded here: %s", path, error)
+            continue
+        if csrc is None or _text(opened, library.device, "source_hash") in _hashes(csrc, library):
             return opened
-        logger.info("%s was built from other sources than %s", packaged, csrc)
+        logger.info("%s was built from other sources than %s", path, csrc)
     if csrc is None:
-        raise _build.BuildError(f"neither {packaged} nor sources to build it from")
+        raise _build.BuildError(f"neither {_PACKAGE / '_lib' / library.file} nor sources to build it from")
     if library is CUDA:
         library = _build.cuda_library((_cuda_arch(),))
     return _open(cached_library(csrc, library))
+
+
+def _hashes(csrc: Path, library: Library) -> set[str]:
+    """Of the sources at hand: a CUDA library may be for all parts, or for the one at hand alone."""
+    wanted = [library] + ([_build.cuda_library((_cuda_arch(),))] if library is CUDA else [])
+    return {_build.source_hash(csrc, each) for each in wanted}
 
 
 def _cuda_arch() -> str:

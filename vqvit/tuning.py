@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqvit import backends, engines, ops, provenance, reference, timing
+from vqvit import backends, engines, ops, precompile, provenance, reference, timing
 from vqvit.plan import QuantConfig
 from vqvit.quantize import quantize_
 
@@ -141,18 +141,23 @@ def record(models: Iterable[nn.Module], batches: Sequence[Tensor]) -> Iterator[C
                 yield call
 
 
-def quantized(model: nn.Module) -> list[nn.Module]:
-    """A float model quantized in each of `CONFIGURATIONS`."""
+def quantized(model: nn.Module, configurations: Iterable[QuantConfig] = CONFIGURATIONS) -> list[nn.Module]:
+    """A float model quantized in each configuration."""
     models = []
-    for config in CONFIGURATIONS:
+    for config in configurations:
         models.append(copy.deepcopy(model))
         quantize_(models[-1], config)
     return models
 
 
-def models_of(arch: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[nn.Module]:
+def models_of(
+    arch: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    configurations: Iterable[QuantConfig] = CONFIGURATIONS,
+) -> list[nn.Module]:
     """Two blocks of an architecture of `engines`, quantized: all launch the same, but the last may skip tokens."""
-    return quantized(engines.random_model(arch, blocks=2).to(device, dtype))
+    return quantized(engines.random_model(arch, blocks=2).to(device, dtype), configurations)
 
 
 # ---- which config ---------------------------------------------------------------------------------------------------
@@ -175,6 +180,19 @@ def measure(calls: Iterable[Call], gpu, device: torch.device, timer: Timer = med
     with backends.backend("triton"):
         for call in calls:
             yield _measured(call, gpu, device, timer)
+
+
+def compilations(calls: Iterable[Call], gpu) -> Iterator[precompile.Job]:
+    """Every config of every call, for `precompile.warm`: a GPU waits while a launch's 20 configs compile one by one.
+
+    Operands may be on the meta device.
+    """
+    from vqvit.kernels import tuned
+
+    for call in calls:
+        name = call.op._schema.name.removeprefix("vqvit::")
+        for config in tuned.configs(call.launch.kind, gpu.arch):
+            yield precompile.Job.of(name, call.arguments, call.options, call.launch.kind, config)
 
 
 def predict(calls: Iterable[Call], gpu) -> Iterator[Choice]:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict:
     import torch
 
-    from vqvit import tuning
+    from vqvit import precompile, tuning
 
     if arguments.model and arguments.arch:
         raise ValueError("tune: expected a MODEL folder or --arch; got both")
@@ -36,6 +36,10 @@ def run(arguments: argparse.Namespace) -> dict:
     gpu = launch.cuda_device(device.index)
     output = Path(arguments.output) if arguments.output else _default_output(gpu)
     common.require_writable_folder(output.parent)
+    major, minor = torch.cuda.get_device_capability(device)
+    compilations = list(tuning.compilations(_calls(arguments, torch.device("meta")), gpu))
+    common.say(f"compiling {len(compilations)} kernels side by side")
+    precompile.warm(compilations, precompile.Part(10 * major + minor, gpu.arch, gpu.sms))
     choices = []
     for choice in tuning.measure(_calls(arguments, device), gpu, device, tuning.medians):
         choices.append(choice)
@@ -43,7 +47,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if broken := [choice for choice in choices if choice.problem]:
         lines = "\n".join(f"{choice.launch}: {choice.problem}" for choice in broken)
         raise tuning.TuningError(f"tune: expected every config to compute the same; no table is written\n{lines}")
-    facts = tuning.facts(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    facts = tuning.facts(torch.cuda.get_device_name(device), (major, minor))
     return _written(output, choices, gpu, "measured", facts)
 
 

@@ -58,15 +58,15 @@ WIDE = (
     ("attention", ".*", r"LDSM\.16\.M88\.4", None),
     ("attention", ".*", r"LDSM\.16\.MT88\.4", None),
     ("wgmma_kernel", "90a", r"UTMALDG\.2D", None),
-    (r"wgmma_kernel<\d, (0, [014]|1, [01]), \d>$", "90a", r"STG\.E\.128", STORE),
-    (r"^gemm_kernel<\d, \d+, \d, \d, \d, [014], \d>$", ".*", r"STG\.E\.128", STORE),
-    (r"grouped_gemm_kernel<\d+, \d, \d, \d, [01], \d>$", ".*", r"STG\.E\.128", STORE),
+    (r"wgmma_kernel<\d, \d(, [014], [01])?>$", "90a", r"STG\.E\.128", STORE),
+    (r"^gemm_kernel<\d, \d+, \d, \d, \d(, [014], [01])?>$", ".*", r"STG\.E\.128", STORE),
+    (r"grouped_gemm_kernel<\d+, \d, \d, \d(, [014], [01])?>$", ".*", r"STG\.E\.128", STORE),
     (r"(layernorm|quantize)_kernel<\d, 1, \w+>|quantize_groups|quantize_residual", ".*", r"LDG\.E\.128", None),
     (r"layernorm_kernel<\d, 1, Normalized>", ".*", r"STG\.E\.128", None),
     (r"quantize_values_kernel<1>", ".*", r"LDG\.E\.128", None),
 )
 """Wide copies, loads and stores that the files claim for their main path. GEMMs that store fp32: kinds 0, 1 and 4 of
-`Store` in csrc/cuda/gemm_s8.h, with group scales 0 and 1."""
+`Store` in csrc/cuda/gemm_s8.h, with activation 0 or 1, which have a loop for whole tiles."""
 
 LANE_OUTPUTS = (
     (r"wgmma_kernel", 16),

@@ -111,10 +111,12 @@ def program() -> Path:
     return probe.program(twin=True)
 
 
-def twin_of(folder: Path, wgmma: str) -> Path:
-    """The GEMMs of the CUDA library's twin with other sources of the Hopper kernel."""
+def unordered_twin(folder: Path) -> Path:
+    """The GEMMs of the CUDA library's twin, where the consumers of the Hopper kernel do not wait for their turns."""
     shutil.copytree(CSRC, folder / "csrc")
-    (folder / "csrc/cuda/gemm_s8_wgmma.cu").write_text(wgmma)
+    for path in (folder / "csrc/cuda").iterdir():
+        source = path.read_text()
+        path.write_text(re.sub(r"barrier_wait\(turns[^;]*;", ";", source))
     library = _build.Library("twin.so", "cuda", GEMM_UNITS, "c++", _build.CXX_FLAGS)
     _build.build(folder / "csrc", library, folder / "twin.so")
     return folder / "twin.so"
@@ -130,9 +132,7 @@ def probed(program: Path, library: Path, *cases: str) -> tuple[int, list[dict]]:
 
 def test_the_probe_finds_consumers_that_are_not_ordered(program, tmp_path):
     """Two tiles a block: consumer 2 takes stages that are several phases away. One tile a block does not show it."""
-    source = (CSRC / "cuda" / "gemm_s8_wgmma.cu").read_text()
-    unordered = re.sub(r"barrier_wait\(turns[^;]*;", ";", source)
-    status, rows = probed(program, twin_of(tmp_path, unordered), "mm/128x128x1024", "mm/128x256x1024")
+    status, rows = probed(program, unordered_twin(tmp_path), "mm/128x128x1024", "mm/128x256x1024")
     assert status == 1 and [bool(row["wrong"]) for row in rows] == [False, True]
 
 

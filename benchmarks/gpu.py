@@ -1,7 +1,7 @@
 """Everything a GPU can say about vqvit, offline and from a bare checkout, in a run that cannot be lost.
 
     python benchmarks/gpu.py --call correctness [--output FOLDER]     # 480 s: probe, sanitizers, bits, logits, op cases
-    python benchmarks/gpu.py --call timings     [--output FOLDER]     # 300 s: models, kernels, tiles, guard, timelines
+    python benchmarks/gpu.py --call timings     [--output FOLDER]     # 300 s: models, kernels, tiles
 
 Every section is a process of its own for each backend, with its own time limit: one that hangs, aborts or loses the
 device costs what it had not yet written. Results are written anew after each process, so that this one may be killed at

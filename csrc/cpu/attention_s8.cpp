@@ -1,5 +1,6 @@
 // int8_attention: heads, and blocks of queries where heads are few, shared out to threads. See attention_s8.h.
 #include <algorithm>
+#include <new>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -9,7 +10,7 @@ using namespace vqvit;
 extern "C" int vqvit_cpu_int8_attention(
     const int8_t* q, const int8_t* k, const int8_t* v, const float* q_scale, const float* k_scale,
     const float* v_scale, float logit_scale, int64_t batch, int64_t heads, int64_t queries, int64_t keys,
-    int64_t head_dim, void* out, int dtype, int threads) {
+    int64_t head_dim, void* out, int dtype, int threads) try {
     if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (batch * heads * queries == 0) return VQVIT_OK;
     const Kernels& isa = kernels();
@@ -28,4 +29,6 @@ extern "C" int vqvit_cpu_int8_attention(
         isa.attention_head(task, head / heads, head % heads, first, last, loaded);
     });
     return VQVIT_OK;
+} catch (const std::bad_alloc&) {
+    return VQVIT_OUT_OF_MEMORY;
 }

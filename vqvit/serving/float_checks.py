@@ -162,7 +162,7 @@ def broadcast(x: tuple, y: tuple) -> list[Dimension]:
     return result
 
 
-def binary(x, y, alpha=1) -> Array:
+def binary(x, y, alpha) -> Array:
     """Of two arrays of one dtype, or of an fp32 array and a number."""
     number("alpha", alpha)
     if isinstance(x, Array) and isinstance(y, Array):
@@ -176,11 +176,11 @@ def binary(x, y, alpha=1) -> Array:
 
 
 def multiply(x, y) -> Array:
-    return binary(x, y)
+    return binary(x, y, 1)
 
 
 def divide(x, y) -> Array:
-    result = binary(x, y)
+    result = binary(x, y, 1)
     expect(result.dtype == "float32", "float32", result)
     return result
 

@@ -35,13 +35,15 @@ Results = tuple[Array, ...]
 
 def tensor(name: str, value: object, dtype: str, shape: tuple) -> Array:
     """An array of this dtype and shape; a None in `shape` matches any size, a leading ... any dimensions."""
-    expect(isinstance(value, Array), f"{name}: an array", value)
+    if not isinstance(value, Array):
+        expect(False, f"{name}: an array", value)
     received = value.shape
     if shape and shape[0] is ...:
         shape = shape[1:]
         received = received[len(received) - len(shape) :] if len(received) >= len(shape) else ()
     fits = len(received) == len(shape) and all(s is None or s == r for s, r in zip(shape, received, strict=True))
-    expect(fits and value.dtype == dtype, f"{name}: {dtype} ({', '.join(map(_size_text, shape))})", value)
+    if not fits or value.dtype != dtype:  # the text takes longer than the check
+        expect(False, f"{name}: {dtype} ({', '.join(map(_size_text, shape))})", value)
     return value
 
 
@@ -77,7 +79,8 @@ def weight(name: str, value: object, n: int, k: int) -> None:
     """int8 (N, K), or in panels."""
     if isinstance(value, Panels):
         wanted = layouts.shape_of("panels", n, k)[:2]
-        expect((value.count, value.groups) == wanted, f"{name}: int8 panels of ({n}, {k}), {wanted}", value)
+        if (value.count, value.groups) != wanted:
+            expect(False, f"{name}: int8 panels of ({n}, {k}), {wanted}", value)
     else:
         tensor(name, value, "int8", (n, k))
 
@@ -293,7 +296,7 @@ def encoder_block(
         weight(role, b, n, k)
         tensor(f"{role}_scale", scale, "float32", (n,))
         optional(f"{role}_bias", bias, "float32", (n,))
-        bounded(product((batch, tokens, n)), f"{role}: ({batch}, {tokens}, {n})")
+        bounded(product((batch, tokens, n)), (batch, tokens, n))
     for name, value in (("qkv_delta", qkv_delta), ("attn_out_delta", attn_out_delta), ("fc1_delta", fc1_delta)):
         finite(name, value)
     expect(not attn_out_groups or attn_out_delta == 0, "attn_out_delta = 0 with attn_out_groups", attn_out_delta)

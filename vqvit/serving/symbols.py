@@ -54,7 +54,8 @@ class Panels:
 
 
 def size(images: int, rest: int) -> Dimension:
-    expect(abs(images) <= MOST and abs(rest) <= MOST, f"sizes up to {MOST}", f"{images} · batch + {rest}")
+    if abs(images) > MOST or abs(rest) > MOST:
+        expect(False, f"sizes up to {MOST}", f"{images} · batch + {rest}")
     return Size(images, rest) if images else rest
 
 
@@ -74,7 +75,8 @@ def minus(x: Dimension, y: Dimension) -> Dimension:
 
 def times(x: Dimension, y: Dimension) -> Dimension:
     (a, b), (c, d) = _parts(x), _parts(y)
-    expect(a == 0 or c == 0, "sizes proportional to the number of images", f"({x}) · ({y})")
+    if a and c:
+        expect(False, "sizes proportional to the number of images", f"({x}) · ({y})")
     return size(a * d + b * c, b * d)
 
 
@@ -114,19 +116,17 @@ def array(shape: tuple[Dimension, ...] | list, dtype: str) -> Array:
     shape = tuple(shape)
     expect(len(shape) <= MOST_DIMENSIONS, f"at most {MOST_DIMENSIONS} dimensions", len(shape))
     for dimension in shape:
-        expect(at_least(dimension, 1), "sizes of at least 1", _text(shape))
-    bounded(product(shape), _text(shape))
+        expect(at_least(dimension, 1), "sizes of at least 1", shape)
+    bounded(product(shape), shape)
     return Array(shape, dtype)
 
 
-def bounded(elements: Dimension, received: object) -> None:
+def bounded(elements: Dimension, received: tuple[Dimension, ...]) -> None:
     """Raise `ProgramError` for more elements of an image than a value may have."""
     images, rest = _parts(elements)
-    expect(images + abs(rest) <= MOST_ELEMENTS, f"at most {MOST_ELEMENTS} elements for an image", received)
-
-
-def _text(shape: tuple) -> str:
-    return f"({', '.join(map(str, shape))})"
+    if images + abs(rest) > MOST_ELEMENTS:
+        text = f"({', '.join(map(str, received))})"
+        expect(False, f"at most {MOST_ELEMENTS} elements for an image", text)
 
 
 def dimension(name: str, value: object) -> Dimension:
@@ -135,8 +135,8 @@ def dimension(name: str, value: object) -> Dimension:
 
 
 def integer(name: str, value: object, low: int = INT64.start, high: int = INT64.stop - 1) -> int:
-    fits = type(value) is int and low <= value <= high
-    expect(fits, f"{name}: an integer" + ("" if low == INT64.start else f" from {low} to {high}"), value)
+    if type(value) is not int or not low <= value <= high:
+        expect(False, f"{name}: an integer" + ("" if low == INT64.start else f" from {low} to {high}"), value)
     return value
 
 
@@ -152,8 +152,8 @@ def number(name: str, value: object) -> float:
 
 def finite(name: str, value: object, low: float = -1e38) -> float:
     """A number that fp32 holds."""
-    fits = type(value) in (int, float) and math.isfinite(value) and low <= value <= 1e38
-    expect(fits, f"{name}: a finite number" + (f" of at least {low:g}" if low > -1e38 else ""), value)
+    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= 1e38:
+        expect(False, f"{name}: a finite number" + (f" of at least {low:g}" if low > -1e38 else ""), value)
     return value
 
 

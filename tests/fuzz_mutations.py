@@ -15,7 +15,22 @@ Folder = dict[str, bytes]
 
 NUMBERS = (0, -1, 1, 2, 3, 64, 65, 127, -5, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, -(2**63), 10**400)
 FLOATS = (0.5, -0.0, 1e308, -1e308, 1e-320, 1e39, float("inf"), float("nan"))
-OTHERS = (None, True, False, "", "x", "nan", "weight", "batch", "\ud800", [], {}, [[]], {"value": "x"}, {"number": "nan"})
+OTHERS = (
+    None,
+    True,
+    False,
+    "",
+    "x",
+    "nan",
+    "weight",
+    "batch",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    {"value": "x"},
+    {"number": "nan"},
+)
 
 
 def odd_value(r: random.Random) -> object:

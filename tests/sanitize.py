@@ -75,7 +75,10 @@ def with_runtimes() -> int:
         ).stdout.strip()
         for name in RUNTIMES
     ]
-    options = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}  # torch frees nothing at exit
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }  # torch frees nothing at exit
     environment = {**os.environ, **options, READY: "1", "LD_PRELOAD": " ".join(paths)}
     return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
 

@@ -9,29 +9,24 @@ Cases run in child processes, so that a crash costs one of them; findings are ke
 
 import argparse
 import io
-import json
+import logging
 import os
 import random
 import resource
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from fuzz_children import run_children, try_cases
 from fuzz_mutations import Folder, mutated
 
 CORPUS = Path(__file__).with_name("fuzz_corpus")
 MANIFESTS = {"exported": "program.json", "checkpoint": "vqvit.json"}
-CASES_OF_A_CHILD = 2000
-SECONDS_OF_A_CASE = 60
 MEMORY = 6 << 30  # bytes a child may have
 MOST_PIXELS = 1 << 20  # of an input that is run
 MOST_KEPT = 40_000  # bytes of a corpus entry
@@ -89,6 +84,10 @@ def read_folder(path: Path) -> Folder:
     return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
 
 
+def read_bases(bases: Path, kind: str) -> dict[str, dict[str, Folder]]:
+    return {kind: {path.name: read_folder(path) for path in (bases / kind).iterdir()}}
+
+
 def write_folder(path: Path, content: Folder) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for name, data in content.items():
@@ -124,7 +123,7 @@ def run_exported(folder: Path) -> str:
 
 
 def run_checkpoint(folder: Path) -> str:
-    """As `run_exported`. What an accepted model raises at its call is transformers' own: of return_dict = false, say."""
+    """As `run_exported`. What an accepted model raises at its call is the model's: of return_dict = false, say."""
     import torch
 
     import vqvit
@@ -145,99 +144,39 @@ def run_checkpoint(folder: Path) -> str:
 RUN = {"exported": run_exported, "checkpoint": run_checkpoint}
 
 
-class Hang(BaseException):
-    """A case that took longer than `SECONDS_OF_A_CASE`."""
-
-
-def _hang(*_: object) -> None:
-    raise Hang
-
-
-def try_case(kind: str, folder: Path) -> tuple[str, str]:
-    """What became of it, and for "wrong" and "hang" the traceback."""
-    signal.alarm(SECONDS_OF_A_CASE)
-    try:
-        return RUN[kind](folder), ""
-    except Hang:
-        return "hang", traceback.format_exc()
-    except Exception:
-        return "wrong", traceback.format_exc()
-    finally:
-        signal.alarm(0)
-
-
 def child(arguments: argparse.Namespace) -> None:
-    """Cases `first` to `first` + `cases`; the index of each is written down before it is tried."""
+    """Cases `first` to `first` + `cases`."""
     import faulthandler
 
     faulthandler.enable()
-    signal.signal(signal.SIGALRM, _hang)
     warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    kind = arguments.kind
     if arguments.sanitize:
         from sanitize import use_sanitized
 
         use_sanitized()
     else:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    kind = arguments.kind
     if kind == "checkpoint":
         import torch
 
         torch.set_num_threads(1)
-        import logging
+    bases = read_bases(arguments.bases, kind)
+    with tempfile.TemporaryDirectory() as temporary:
 
-        logging.disable(logging.CRITICAL)
-    bases = {kind: {path.name: read_folder(path) for path in (arguments.bases / kind).iterdir()}}
-    counts: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as temporary, open(arguments.log, "ab", buffering=0) as log:
-        for index in range(arguments.first, arguments.first + arguments.cases):
-            log.write(f"{json.dumps({'at': index})}\n".encode())
-            _, content = case(bases, kind, arguments.seed, index)
-            folder = Path(temporary)
-            for old in folder.iterdir():
+        def run(index: int) -> str:
+            for old in Path(temporary).iterdir():
                 old.unlink()
-            write_folder(folder, content)
-            outcome, text = try_case(kind, folder)
-            counts[outcome] += 1
-            if text:
-                log.write(f"{json.dumps({'finding': index, 'outcome': outcome, 'text': text[-3000:]})}\n".encode())
-        log.write(f"{json.dumps({'counts': counts})}\n".encode())
+            write_folder(Path(temporary), case(bases, kind, arguments.seed, index)[1])
+            return RUN[kind](Path(temporary))
+
+        try_cases(range(arguments.first, arguments.first + arguments.cases), arguments.log, run)
 
 
-def run_children(arguments: argparse.Namespace, kind: str, bases: Path) -> tuple[Counter, list[dict]]:
-    """Outcomes by name, and the findings."""
-    counts: Counter[str] = Counter()
-    findings: list[dict] = []
-    first, end = arguments.first, arguments.first + arguments.cases
-    while first < end:
-        count = min(CASES_OF_A_CHILD, end - first)
-        log = bases / f"{kind}.log"
-        log.write_text("")
-        command = [sys.executable, __file__, "--child", "--kind", kind, "--seed", arguments.seed, "--cases", count]
-        command += ["--first", first, "--bases", bases, "--log", log, *(["--sanitize"] if arguments.sanitize else [])]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace")
-        entries = [json.loads(line) for line in log.read_text().splitlines()]
-        findings += [{**entry, "kind": kind} for entry in entries if "finding" in entry]
-        finished = [entry["counts"] for entry in entries if "counts" in entry]
-        if finished:
-            counts.update(finished[0])
-            first += count
-            continue
-        tried = [entry["at"] for entry in entries if "at" in entry]
-        if not tried:
-            raise RuntimeError(f"a child did not begin: {done.stderr[-3000:]}")
-        counts["tried in a child that crashed"] += len(tried) - 1
-        text = f"status {done.returncode}\n{done.stderr[-6000:]}"
-        findings.append({"finding": tried[-1], "outcome": "crash", "text": text, "kind": kind})
-        first = tried[-1] + 1
-    return counts, findings
-
-
-def keep(finding: dict, bases: Path, seed: int) -> Path | None:
-    """Write a finding's folder to the corpus, if it is small."""
-    kind, index = finding["kind"], finding["finding"]
-    found = {kind: {path.name: read_folder(path) for path in (bases / kind).iterdir()}}
-    name, content = case(found, kind, seed, index)
+def keep(index: int, bases: Path, kind: str, seed: int) -> Path | None:
+    """Write a case's folder to the corpus, if it is small."""
+    name, content = case(read_bases(bases, kind), kind, seed, index)
     packed = pack(content)
     if len(packed) > MOST_KEPT:
         return None
@@ -293,14 +232,16 @@ def main() -> int:
             build_bases(bases)
         for kind in [arguments.kind] if arguments.kind else sorted(RUN):
             start = time.perf_counter()
-            counts, findings = run_children(arguments, kind, bases)
+            command = [__file__, "--kind", kind, "--seed", arguments.seed, "--bases", bases]
+            command += ["--sanitize"] if arguments.sanitize else []
+            counts, findings = run_children(command, arguments.first, arguments.cases, bases / f"{kind}.log")
             seconds = time.perf_counter() - start
             outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
             print(
                 f"{kind}: {arguments.cases} cases in {seconds:.0f} s: {outcomes}; {len(findings)} findings", flush=True
             )
             for finding in findings:
-                kept = keep(finding, bases, arguments.seed) if arguments.keep else None
+                kept = keep(finding["finding"], bases, kind, arguments.seed) if arguments.keep else None
                 print(
                     f"\n{kind} case {finding['finding']}: {finding['outcome']}, {kept}\n{finding['text']}", flush=True
                 )

@@ -55,8 +55,8 @@ CONFIGURATIONS = {
 }
 
 
-def build_bases(folder: Path) -> None:
-    """What is mutated: `folder`/exported/<name> and `folder`/checkpoint/<name>."""
+def build_bases(folder: Path, names: tuple[str, ...] = ()) -> None:
+    """What is mutated: `folder`/exported/<name> and `folder`/checkpoint/<name>, of these names or of all there are."""
     import torch
     import transformers
 
@@ -72,7 +72,8 @@ def build_bases(folder: Path) -> None:
     deit, dinov2 = transformers.DeiTForImageClassificationWithTeacher, transformers.Dinov2ForImageClassification
     models["deit"] = (deit, transformers.DeiTConfig(**SIZES), {})
     models["dinov2"] = (dinov2, transformers.Dinov2Config(**{**SIZES, "mlp_ratio": 2}), {})
-    for name, (kind, config, options) in models.items():
+    for name in names or models:
+        kind, config, options = models[name]
         model = kind(config).eval()
         calibration = [torch.randn(8, 3, 16, 16)] if options.get("activation") == "static" else None
         vqvit.quantize_(model, vqvit.QuantConfig(**options), calibration=calibration)

@@ -7,7 +7,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-
 MOST = {"_layers": 1000, "depth": 1000, "depths": 1000, "num_labels": 1_000_000}
 """Of what fields of these endings count, before any weight shows whether it is true: each takes time and memory."""
 
@@ -30,7 +29,6 @@ def build(class_name: str, config: dict) -> nn.Module:
     Raises `ArchitectureError` if this version of transformers has no such class or model type.
     """
     import transformers
-
     from huggingface_hub.errors import StrictDataclassError
 
     if not isinstance(config, dict):

@@ -1,4 +1,4 @@
-"""Random arguments of every op for `fuzz_ops.py`: odd and empty shapes, special values, strided views, and wrong ones."""
+"""Random arguments of every op for `fuzz_ops.py`: odd and empty shapes, special values, strided views, wrong ones."""
 
 import random
 

@@ -113,7 +113,8 @@ def build(csrc: Path, library: Library, output: Path) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, sources, objects))
         linked = Path(folder, output.name)
-        _run([program, "-shared", *map(str, objects), "-o", str(linked)])
+        # pthread_atfork is in no shared library of glibc before 2.34.
+        _run([program, "-shared", *map(str, objects), "-lpthread", "-o", str(linked)])
         linked.replace(output)
 
 

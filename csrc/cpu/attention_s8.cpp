@@ -1,9 +1,9 @@
 // int8_attention: heads, and blocks of queries where heads are few, shared out to threads. See attention_s8.h.
 #include <algorithm>
-#include <new>
 
 #include "kernels.h"
 #include "parallel.h"
+#include "scratch.h"
 
 using namespace vqvit;
 
@@ -29,6 +29,4 @@ extern "C" int vqvit_cpu_int8_attention(
         isa.attention_head(task, head / heads, head % heads, first, last, loaded);
     });
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY

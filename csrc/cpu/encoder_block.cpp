@@ -204,6 +204,4 @@ extern "C" int vqvit_cpu_int8_encoder_block(
     fc2.residual_dtype = dtype;
     require(vqvit_cpu_int8_linear(&fc2, out, dtype, threads));
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY

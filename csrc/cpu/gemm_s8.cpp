@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
-#include <new>
 
 #include "dot.h"
 #include "kernels.h"
@@ -333,17 +332,13 @@ int vqvit_cpu_reorder_weight(
     if (!known_layout(layout) || !known_layout(target_layout)) return VQVIT_UNKNOWN_LAYOUT;
     reorder_weight(b, layout, n, k, target, target_layout, threads);
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_int8_mm(const vqvit_gemm* gemm, int32_t* acc, int threads) try {
     if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     run_gemm(kernels(), gemm_task(*gemm, Store::kInt32, acc, VQVIT_F32, threads), threads);
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, int threads) try {
     if (!known_dtype(dtype) || !known_dtype(gemm->residual_dtype)) return VQVIT_UNKNOWN_DTYPE;
@@ -351,9 +346,7 @@ int vqvit_cpu_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, int thread
     if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     run_gemm(kernels(), gemm_task(*gemm, Store::kFloat, y, dtype, threads), threads);
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_int8_linear_quantize(
     const vqvit_gemm* gemm, const float* out_scale, int symmetric, int per_group, int8_t* codes, float* scale,
@@ -391,9 +384,7 @@ int vqvit_cpu_int8_linear_quantize(
     const QuantizeRows quantize = {t.out, VQVIT_F32, g.n, g.n, nullptr, g.activation, out};
     parallel_rows(g.m, g.n, threads, [&](int64_t first, int64_t last) { isa.quantize_rows(quantize, first, last); });
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_int8_linear_qkv(
     const vqvit_gemm* gemm, int64_t tokens, int64_t heads, int8_t* q, int8_t* k, int8_t* v, float* q_scale,
@@ -401,9 +392,7 @@ int vqvit_cpu_int8_linear_qkv(
     if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     project_qkv(*gemm, {tokens, tokens, heads, gemm->n / (3 * heads), {q, k, v}, {q_scale, k_scale, v_scale}}, threads);
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_int8_linear_compensated(
     const vqvit_gemm* gemm, const int8_t* a_residual, const int8_t* b_residual, int terms, float first_order,
@@ -422,8 +411,6 @@ int vqvit_cpu_int8_linear_compensated(
     }
     run_gemm(kernels(), t, threads);
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 }  // extern "C"

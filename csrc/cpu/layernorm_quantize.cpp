@@ -1,8 +1,7 @@
 // layer_norm, layernorm_quantize and add_layernorm_quantize: rows shared out to threads. See layernorm_quantize.h.
-#include <new>
-
 #include "kernels.h"
 #include "parallel.h"
+#include "scratch.h"
 
 using namespace vqvit;
 
@@ -18,9 +17,7 @@ extern "C" int vqvit_cpu_layernorm_quantize(
     };
     parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.layernorm_rows(task, first, last); });
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 extern "C" int vqvit_cpu_layer_norm(
     const void* x, int dtype, const float* weight, const float* bias, int64_t rows, int64_t k, float eps, int paper,
@@ -32,6 +29,4 @@ extern "C" int vqvit_cpu_layer_norm(
     };
     parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.layernorm_rows(task, first, last); });
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY

@@ -1,8 +1,7 @@
 // quantize, quantize_residual, patchify_quantize, quantize_qkv: rows and heads shared out to threads. See quantize.h.
-#include <new>
-
 #include "kernels.h"
 #include "parallel.h"
+#include "scratch.h"
 
 using namespace vqvit;
 
@@ -17,9 +16,7 @@ int vqvit_cpu_quantize(
     const QuantizeRows task = {x, dtype, k, k, equalizer, VQVIT_NONE, out};
     parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.quantize_rows(task, first, last); });
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_quantize_per_group(
     const void* x, int dtype, int64_t rows, int64_t k, const float* equalizer, int8_t* codes, float* scale,
@@ -29,9 +26,7 @@ int vqvit_cpu_quantize_per_group(
     const QuantizeGroups task = {x, dtype, k, k, equalizer, codes, scale, k, ceil_div(k, kGroup)};
     parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.quantize_groups(task, first, last); });
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_quantize_residual(
     const void* x, int dtype, const int8_t* codes, const float* scale, int64_t rows, int64_t k, int8_t* residual_codes,
@@ -41,9 +36,7 @@ int vqvit_cpu_quantize_residual(
     const QuantizeResidual task = {x, dtype, k, codes, scale, residual_codes};
     parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.quantize_residual(task, first, last); });
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_patchify_quantize(
     const void* pixels, int dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
@@ -56,9 +49,7 @@ int vqvit_cpu_patchify_quantize(
     const int64_t k = channels * patch_height * patch_width;
     parallel_rows(rows, k, threads, [&](int64_t first, int64_t last) { isa.patchify_rows(task, first, last); });
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_quantize_qkv(
     const void* qkv, int dtype, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, int8_t* q, int8_t* k,
@@ -77,8 +68,6 @@ int vqvit_cpu_quantize_qkv(
         }
     });
     return VQVIT_OK;
-} catch (const std::bad_alloc&) {
-    return VQVIT_OUT_OF_MEMORY;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 }  // extern "C"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 CASES_OF_A_CHILD = 2000
-SECONDS_OF_A_CASE = 60
+SECONDS_OF_A_CASE = 120
 
 
 class Hang(BaseException):

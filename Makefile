@@ -4,6 +4,7 @@
 # make check  lint and formatting
 # make sanitize  the op tests on kernels with address and undefined-behaviour sanitizers
 # make emulate  all op tests on kernels of AVX-512 VNNI and AVX-VNNI, emulated with AVX2
+# make fuzz   random op arguments, and mutated files, on kernels with sanitizers: an hour; FUZZ_CASES, FUZZ_SEED
 # make bench  latency and error tables, appended to benchmarks/results/
 
 PYTHON ?= python3
@@ -12,7 +13,10 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all check sanitize emulate bench
+FUZZ_CASES ?= 100000
+FUZZ_SEED ?= 1
+
+.PHONY: demo test test-all check sanitize emulate fuzz bench
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m vqvit.cli demo --output demo-output
@@ -37,6 +41,12 @@ sanitize: $(INSTALLED)
 
 emulate: $(INSTALLED)
 	$(VENV)/bin/python tests/emulate.py
+
+fuzz: $(INSTALLED)
+	$(VENV)/bin/python tests/fuzz_ops.py --cases $(FUZZ_CASES) --seed $(FUZZ_SEED) --sanitize
+	$(VENV)/bin/python tests/fuzz_files.py --kind exported --cases $(FUZZ_CASES) --seed $(FUZZ_SEED) --keep
+	$(VENV)/bin/python tests/fuzz_files.py --kind checkpoint --cases $$(($(FUZZ_CASES) / 10)) --seed $(FUZZ_SEED) --keep
+	$(VENV)/bin/python tests/fuzz_files.py --kind exported --cases $$(($(FUZZ_CASES) / 10)) --seed $(FUZZ_SEED) --sanitize
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/cpu_latency.py

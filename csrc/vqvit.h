@@ -9,7 +9,8 @@
  *   Outputs never overlap inputs.
  *   Return value: VQVIT_OK, or one of the error codes below (then nothing was written).
  *   CPU: `threads` is the number of OpenMP threads to use at most; small problems run on the calling thread. The
- *   library is compiled with OpenMP but links no libgomp: it shares the one that is loaded already (torch's).
+ *   library is compiled with OpenMP but links no libgomp: it shares the one that is loaded already (torch's). OpenMP's
+ *   threads do not survive a fork, so a forked child has a pool of its own (csrc/cpu/fork.cpp).
  *   CUDA: pointers are of the current device; work is queued on `stream` (a cudaStream_t) and not waited for. No
  *   function allocates, synchronises or reads the device, so that every one can be captured in a CUDA graph.
  */
@@ -33,6 +34,7 @@ enum vqvit_status {
     VQVIT_UNKNOWN_MODE = 5,
     VQVIT_CUDA_ERROR = 6, /* vqvit_cuda_last_error says which */
     VQVIT_UNKNOWN_LAYOUT = 7,
+    VQVIT_OUT_OF_MEMORY = 8, /* no room for scratch; outputs may be written in part */
 };
 
 enum vqvit_dtype { VQVIT_F32 = 0, VQVIT_F16 = 1, VQVIT_BF16 = 2 };
@@ -67,6 +69,9 @@ VQVIT_EXPORT const char* vqvit_cpu_isa(void);
 
 /* Force an instruction set for the whole process, or return to the best available one with NULL. */
 VQVIT_EXPORT int vqvit_cpu_set_isa(const char* name);
+
+/* At most so many threads work for a call, whatever it asks for: the CPUs that the process may use. */
+VQVIT_EXPORT int vqvit_cpu_limit_threads(int threads);
 
 /* Rate of the instructions that this instruction set's int8 GEMM rests on, run in registers alone, in 10^9 operations a
  * second of exactly `threads` threads: the peak to measure a GEMM against. `rounds` of some ten instructions each.

@@ -44,15 +44,20 @@ def main() -> int:
         print(f"usage: {Path(__file__).name} cpu|twin [pytest arguments]; got {sys.argv[1:]}", file=sys.stderr)
         return 2
     if os.environ.get(READY) != "1":
-        return _with_runtimes()
+        return with_runtimes()
     chosen, *more = sys.argv[1:]
     import pytest
 
     if chosen == "cpu":
-        native.use_cpu(native.open_cpu(_sanitized(_build.CPU)))
+        use_sanitized()
         return pytest.main([*ARGUMENTS, *more])
     native.use_twin(native.open_twin(_sanitized(_build.CUDA_TWIN)))
     return pytest.main([*arguments(TWIN_FILES, "cuda and not triton"), *more])
+
+
+def use_sanitized() -> None:
+    """The CPU's kernels with sanitizers from now on, in a process that has the sanitizers' libraries."""
+    native.use_cpu(native.open_cpu(_sanitized(_build.CPU)))
 
 
 def _sanitized(library: _build.Library) -> Path:
@@ -61,7 +66,7 @@ def _sanitized(library: _build.Library) -> Path:
     return native.cached_library(native.csrc_directory(), flagged)
 
 
-def _with_runtimes() -> int:
+def with_runtimes() -> int:
     """This command again, with the sanitizers' libraries loaded first."""
     compiler = _build.compiler(_build.CPU)
     paths = [
@@ -70,7 +75,10 @@ def _with_runtimes() -> int:
         ).stdout.strip()
         for name in RUNTIMES
     ]
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}  # torch frees nothing at exit
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }  # torch frees nothing at exit
     environment = {**os.environ, **options, READY: "1", "LD_PRELOAD": " ".join(paths)}
     return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
 

@@ -26,6 +26,7 @@ LAYERS = (
         "files",
         "_build",
         "layouts",
+        "cpus",
     },
     {"factorize", "reference", "evaluate", "validation", "native", "low_bit"},
     {"backends", "rounding", "serving", "probe"},

@@ -41,7 +41,8 @@ class Library:
 
 # OpenMP's runtime is not linked: its symbols come from the libgomp that torch has loaded, so that both share one pool
 # of threads. Wheels name their copy libgomp-<hash>.so.1, which a link-time dependency would miss.
-CPU = Library("libvqvit_cpu.so", "cpu", ("*.cpp",), "c++", (*CXX_FLAGS, "-fopenmp"))
+# pthread_atfork is in no shared library of glibc before 2.34.
+CPU = Library("libvqvit_cpu.so", "cpu", ("*.cpp",), "c++", (*CXX_FLAGS, "-fopenmp"), ("-shared", "-lpthread"))
 
 
 def cuda_library(archs: tuple[str, ...] = CUDA_ARCHS) -> Library:

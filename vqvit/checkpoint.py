@@ -92,11 +92,13 @@ def read_manifest(directory: str | Path) -> dict:
         raise FileNotFoundError(f"{directory}: expected a vqvit checkpoint with {MANIFEST}; got none")
     try:
         manifest = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected JSON; got text that fails to parse: {error}") from error
     fields = {"format", "class", "library", "plan", "sha256"}
     if not isinstance(manifest, dict) or not fields <= manifest.keys():
         raise CheckpointError(f"{path}: expected the fields {sorted(fields)}; got another document")
+    if not isinstance(manifest["class"], str) or not isinstance(manifest["sha256"], str):
+        raise CheckpointError(f"{path}: expected the names of a class and of a hash; got other values")
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path}: expected format {FORMAT}; got {manifest['format']!r}")
     return manifest
@@ -113,7 +115,7 @@ def _build(directory: Path, manifest: dict) -> nn.Module:
         raise FileNotFoundError(f"{directory}: expected {CONFIG}; it is missing")
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected JSON; got text that fails to parse: {error}") from error
     return hf.build(manifest["class"], config)
 
@@ -153,6 +155,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: expected a safetensors file; got one that cannot be read: {error}") from error
 
 
+def _same_kind(received: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether one may stand for the other: floats for floats, and each other dtype for itself."""
+    return received == wanted or (received.is_floating_point and wanted.is_floating_point)
+
+
 def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     expected = {**model.state_dict(), **_transient_buffers(model)}
     problems = [f"{name} missing" for name in expected.keys() - tensors.keys()]
@@ -160,8 +167,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     problems += [
         f"{name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, not {tuple(want.shape)} {want.dtype}"
         for name, want in expected.items()
-        if name in tensors
-        and (tensors[name].shape != want.shape or tensors[name].dtype.is_floating_point != want.dtype.is_floating_point)
+        if name in tensors and (tensors[name].shape != want.shape or not _same_kind(tensors[name].dtype, want.dtype))
     ]
     if problems:
         raise CheckpointError(f"{path}: expected the tensors of its plan; {'; '.join(sorted(problems)[:5])}")

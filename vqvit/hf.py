@@ -7,6 +7,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+MOST = {"_layers": 1000, "depth": 1000, "depths": 1000, "num_labels": 1_000_000}
+"""Of what fields of these endings count, before any weight shows whether it is true: each takes time and memory."""
+
+UNFIT = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, RecursionError)
+"""What transformers' configurations and models raise for fields that nobody foresaw."""
+
 
 class ArchitectureError(ValueError):
     """A model class that transformers does not have."""
@@ -23,7 +29,12 @@ def build(class_name: str, config: dict) -> nn.Module:
     Raises `ArchitectureError` if this version of transformers has no such class or model type.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
+    if not isinstance(config, dict):
+        raise ArchitectureError(f"expected the fields of a configuration; got {type(config).__name__}")
+    for name, value in config.items():
+        _require_sensible(name, value)
     model_class = getattr(transformers, class_name, None)
     if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
         raise ArchitectureError(
@@ -34,8 +45,21 @@ def build(class_name: str, config: dict) -> nn.Module:
     model_type = fields.pop("model_type", config_class.model_type)
     if model_type != config_class.model_type:
         raise ArchitectureError(f"expected model_type {config_class.model_type!r} for {class_name}; got {model_type!r}")
-    with torch.device("meta"):
-        return model_class(config_class.from_dict(fields)).eval()
+    try:
+        with torch.device("meta"):
+            return model_class(config_class.from_dict(fields)).eval()
+    except (*UNFIT, StrictDataclassError) as error:
+        text = f"{type(error).__name__}: {error}"
+        raise ArchitectureError(
+            f"expected a configuration of {class_name}; its class fails with {text[:500]}"
+        ) from error
+
+
+def _require_sensible(name: str, value: object) -> None:
+    for ending, most in MOST.items():
+        for count in value if isinstance(value, list) else [value]:
+            if name.endswith(ending) and isinstance(count, int | float) and count > most:
+                raise ArchitectureError(f"{name}: expected at most {most}; got {count}")
 
 
 def load_float(folder: str | Path, model_class: str | None = None) -> nn.Module:

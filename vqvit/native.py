@@ -15,7 +15,7 @@ import time
 from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-from vqvit import _build, layouts
+from vqvit import _build, cpus, layouts
 from vqvit._build import CPU, CUDA, CUDA_TWIN, Library
 
 logger = logging.getLogger("vqvit")
@@ -33,6 +33,7 @@ STATUS = {
     5: "unknown mode",
     6: "CUDA",
     7: "unknown layout",
+    8: "out of memory",
 }
 """enum vqvit_status, without VQVIT_OK."""
 
@@ -83,6 +84,7 @@ _MATRIX = (_POINTER, c_int, _SIZE, _SIZE)  # data, dtype, rows, columns
 _SIGNATURES = {
     "cpu": {
         "set_isa": (c_char_p,),
+        "limit_threads": (c_int,),
         "peak": (_SIZE, ctypes.POINTER(c_double), c_int),
         "quantize": (*_MATRIX, _POINTER, _POINTER, c_float, c_int, *[_POINTER] * 4, c_int),
         "quantize_per_group": (*_MATRIX, *[_POINTER] * 3, c_int),
@@ -133,7 +135,17 @@ _SIGNATURES = {
 _loaded: dict[str, ctypes.CDLL | str] = {}
 """By the library's file: the library, or why it cannot be loaded."""
 
-_locks = {library.file: threading.Lock() for library in (CPU, CUDA, CUDA_TWIN)}
+_locks: dict[str, threading.Lock] = {}
+
+
+def _renew_locks() -> None:
+    """A forked child has none of the threads that may hold its copy of a lock."""
+    _locks.update((library.file, threading.Lock()) for library in (CPU, CUDA, CUDA_TWIN))
+
+
+_renew_locks()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 PREBUILT = "VQVIT_PREBUILT"
 """Environment variable: a folder of libraries built elsewhere, each used if its sources are those at hand."""
@@ -206,12 +218,13 @@ def cuda_unavailable() -> str | None:
 
 
 def _library(library: Library) -> ctypes.CDLL:
-    with _locks[library.file]:  # whoever comes while it is built waits for it
-        if library.file not in _loaded:
-            try:
-                _loaded[library.file] = _declare(_load(library), library.device)
-            except (_build.BuildError, OSError) as error:
-                _loaded[library.file] = str(error)
+    if library.file not in _loaded:
+        with _locks[library.file]:  # whoever comes while it is built waits for it
+            if library.file not in _loaded:
+                try:
+                    _loaded[library.file] = _declare(_load(library), library.device)
+                except (_build.BuildError, OSError) as error:
+                    _loaded[library.file] = str(error)
     found = _loaded[library.file]
     if isinstance(found, str):
         raise NativeUnavailableError(found)
@@ -304,6 +317,8 @@ def _declare(library: ctypes.CDLL, device: str) -> ctypes.CDLL:
     for name, argument_types in _SIGNATURES[device].items():
         function = getattr(library, f"vqvit_{device}_{name}")
         function.argtypes, function.restype = argument_types, c_int
+    if device == CPU.device:
+        library.vqvit_cpu_limit_threads(cpus.usable_cpus())
     return library
 
 
@@ -337,10 +352,14 @@ def cpu_peak(threads: int, rounds: int = 1 << 22) -> float:
 
 
 def run(function, *args) -> None:
-    """Call a function of a library. Raises `RuntimeError` with the reason if its status is not VQVIT_OK."""
+    """Call a function of a library. Raises `RuntimeError` with the reason if its status is not VQVIT_OK, `MemoryError`
+    if it had no memory to work in.
+    """
     status = function(*args)
     if status != 0:
         reason = STATUS.get(status, str(status))
+        if reason == "out of memory":
+            raise MemoryError(f"{function.__name__}: {reason}")
         if reason == "CUDA":
             reason = _text(cuda(), "cuda", "last_error")
         raise RuntimeError(f"{function.__name__}: {reason}")

@@ -59,6 +59,11 @@ def _one_of(what: str, value: object, choices: tuple) -> None:
         raise PlanError(f"{what}: expected one of {', '.join(map(str, choices))}; got {value!r}")
 
 
+def _require_name(what: str, name: object) -> None:
+    if not isinstance(name, str):
+        raise PlanError(f"{what}: expected a name; got {name!r}")
+
+
 def read_observer(what: str, text: object) -> tuple[str, float]:
     """Kind, one of `OBSERVERS`, and percentile in (0, 100] of an observer's name. Raises `PlanError`."""
     kind, named, percentile = text.partition(":") if isinstance(text, str) else (text, "", "")
@@ -127,6 +132,7 @@ class LayerPlan:
     factorized: bool = False
 
     def __post_init__(self):
+        _require_name("layer", self.name)
         _one_of(f"role of {self.name}", self.role, ROLES)
         _one_of(f"tier of {self.name}", self.tier, TIERS)
         _one_of(f"activation of {self.name}", self.activation, ACTIVATIONS)
@@ -173,6 +179,7 @@ class BlockPlan:
     attention_scales: str = "dynamic"
 
     def __post_init__(self):
+        _require_name("block", self.name)
         _one_of(f"attention of {self.name}", self.attention, ATTENTION)
         _one_of(f"attention_scales of {self.name}", self.attention_scales, ATTENTION_SCALES)
         if self.attention == "float" and self.attention_scales == "static":

@@ -24,6 +24,8 @@ def check_tensor(
     like: Tensor | None = None,
 ) -> None:
     """Check dtype (`TypeError`), shape and device. A None in `shape` matches any size; a leading ... any dimensions."""
+    if tensor is None:  # schemas let it through
+        raise TypeError(f"{op}: expected {name}, a tensor; got None")
     dtypes = dtypes if type(dtypes) is tuple else (dtypes,)
     if tensor.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -97,6 +99,7 @@ def check_operands(
 
 def check_codes(op: str, name: str, b: Tensor, n: int, k: int, like: Tensor) -> None:
     """int8 (N, K), or packed."""
+    check_tensor(op, name, b, torch.int8)
     dimensions = b.dim()
     if dimensions == 4:
         check_tensor(op, f"packed {name}", b, torch.int8, layouts.shape_of("panels", n, k), like)
@@ -134,6 +137,7 @@ def check_weight(
 
 def check_linear(op, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum) -> tuple:
     zero_points = (a_zero is not None) + (b_zero is not None)
+    check_tensor(op, "a_scale", a_scale, torch.float32)
     grouped = a_scale.dim() == 2
     check(not grouped or zero_points == 0, op, "no zero points with group scales", "a_zero or b_zero")
     m, n, k = check_operands(op, a, a_scale, b, b_scale, zero_points, grouped)

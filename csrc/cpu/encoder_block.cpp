@@ -1,6 +1,7 @@
 // int8_encoder_block: the ops of a block one after the other, with everything between them in one planned scratch.
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 #include "kernels.h"
 #include "scratch.h"
@@ -115,6 +116,11 @@ vqvit_gemm gemm_of(
     return g;
 }
 
+// Throws std::bad_alloc where an op had no memory; its arguments give it no other reason to fail.
+void require(int status) {
+    if (status != VQVIT_OK) throw std::bad_alloc();
+}
+
 // Codes and scales of attention's output for `images` from `first` on: LN1, qkv, attention.
 void attend(const BlockCall& c, const BlockScratch& s, int64_t first, int64_t images) {
     const vqvit_encoder_block& b = c.block;
@@ -122,24 +128,24 @@ void attend(const BlockCall& c, const BlockScratch& s, int64_t first, int64_t im
     int8_t* codes = s.codes + first_out * c.inner();
     float* scale = s.scale + first_out * scales_of_row(b.attn_out_groups, c.inner());
 
-    vqvit_cpu_layernorm_quantize(
+    require(vqvit_cpu_layernorm_quantize(
         c.x + first * c.tokens * c.row_bytes(), c.dtype, nullptr, c.dtype, nullptr, b.norm1_weight, b.norm1_bias, rows,
-        b.width, b.eps1, 0, b.qkv_delta, nullptr, s.normalized, s.normalized_scale, nullptr, nullptr, c.threads);
+        b.width, b.eps1, 0, b.qkv_delta, nullptr, s.normalized, s.normalized_scale, nullptr, nullptr, c.threads));
     const Layer qkv = {b.qkv, b.qkv_layout, b.qkv_scale, b.qkv_bias};
     project_qkv(
         gemm_of(qkv, s.normalized, s.normalized_scale, 0, rows, 3 * c.inner(), b.width), s.qkv, c.threads);
     const auto [q, k, v] = s.qkv.codes;
     const auto [q_scale, k_scale, v_scale] = s.qkv.scale;
-    vqvit_cpu_int8_attention(
+    require(vqvit_cpu_int8_attention(
         q, k, v, q_scale, k_scale, v_scale, b.logit_scale, images, b.heads, c.leading, c.tokens, b.head_dim, s.attended,
-        c.attended_dtype(), c.threads);
+        c.attended_dtype(), c.threads));
     if (b.attn_out_groups != 0) {
-        vqvit_cpu_quantize_per_group(
-            s.attended, c.attended_dtype(), out_rows, c.inner(), nullptr, codes, scale, c.threads);
+        require(vqvit_cpu_quantize_per_group(
+            s.attended, c.attended_dtype(), out_rows, c.inner(), nullptr, codes, scale, c.threads));
     } else {
-        vqvit_cpu_quantize(
+        require(vqvit_cpu_quantize(
             s.attended, c.attended_dtype(), out_rows, c.inner(), nullptr, nullptr, b.attn_out_delta, 1, codes, scale,
-            nullptr, nullptr, c.threads);
+            nullptr, nullptr, c.threads));
     }
 }
 
@@ -160,7 +166,7 @@ using namespace vqvit;
 
 extern "C" int vqvit_cpu_int8_encoder_block(
     const vqvit_encoder_block* block, const void* x, int dtype, int64_t batch, int64_t tokens, int64_t leading_tokens,
-    void* out, int threads) {
+    void* out, int threads) try {
     const vqvit_encoder_block& b = *block;
     if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (!known_activation(b.activation)) return VQVIT_UNKNOWN_ACTIVATION;
@@ -179,23 +185,23 @@ extern "C" int vqvit_cpu_int8_encoder_block(
     attn_out.layer_scale = b.layer_scale1;
     attn_out.residual = residual_rows(c, out);
     attn_out.residual_dtype = dtype;
-    vqvit_cpu_int8_linear(&attn_out, out, dtype, threads);
+    require(vqvit_cpu_int8_linear(&attn_out, out, dtype, threads));
 
     // out += layer_scale2 ∘ act(LN2(out) fc1ᵀ) fc2ᵀ
-    vqvit_cpu_layernorm_quantize(
+    require(vqvit_cpu_layernorm_quantize(
         out, dtype, nullptr, dtype, nullptr, b.norm2_weight, b.norm2_bias, c.rows(), b.width, b.eps2, 0, b.fc1_delta,
-        nullptr, s.codes, s.scale, nullptr, nullptr, threads);
+        nullptr, s.codes, s.scale, nullptr, nullptr, threads));
     vqvit_gemm fc1 = gemm_of(
         {b.fc1, b.fc1_layout, b.fc1_scale, b.fc1_bias}, s.codes, s.scale, 0, c.rows(), b.hidden, b.width);
     fc1.activation = b.activation;
-    vqvit_cpu_int8_linear_quantize(
-        &fc1, nullptr, 1, b.fc2_groups, s.hidden, s.hidden_scale, nullptr, nullptr, threads);
+    require(vqvit_cpu_int8_linear_quantize(
+        &fc1, nullptr, 1, b.fc2_groups, s.hidden, s.hidden_scale, nullptr, nullptr, threads));
     vqvit_gemm fc2 = gemm_of(
         {b.fc2, b.fc2_layout, b.fc2_scale, b.fc2_bias}, s.hidden, s.hidden_scale, b.fc2_groups, c.rows(), b.width,
         b.hidden);
     fc2.layer_scale = b.layer_scale2;
     fc2.residual = out;
     fc2.residual_dtype = dtype;
-    vqvit_cpu_int8_linear(&fc2, out, dtype, threads);
+    require(vqvit_cpu_int8_linear(&fc2, out, dtype, threads));
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY

@@ -248,56 +248,9 @@ void run_gemm_qkv(const Kernels& isa, const GemmTask& t, const Qkv& out, int thr
     parallel_for<PreparedRows>(images * tasks, macs(g), threads, task);
 }
 
-// Weights (n, k) in `layout` as panels or strips: themselves if tiles read them as they are, else packed now, panels into
-// `slot`, strips into `strips_slot`.
-PackedWeight packed_weight(
-    const int8_t* b, int layout, const vqvit_gemm& g, Slot slot, Slot strips_slot, int threads) {
-    const Kernels& isa = kernels();
-    const bool reads_strips = isa.pack_strips != nullptr;
-    if (layout == VQVIT_STRIPS && reads_strips) return {nullptr, b};
-    const int64_t count = ceil_div(g.n, kPanel);
-    const int8_t* panels = b;
-    if (layout != VQVIT_PANELS) {
-        int8_t* packed = static_cast<int8_t*>(scratch(slot, count * panel_bytes(g.k)));
-        vqvit_cpu_reorder_weight(b, layout, g.n, g.k, packed, VQVIT_PANELS, threads);
-        panels = packed;
-    }
-    if (!reads_strips || g.m < kTilesForStrips * isa.tile_rows) return {panels, nullptr};
-    int8_t* strips = static_cast<int8_t*>(scratch(strips_slot, count * StripLayout(g.k).panel_bytes()));
-    vqvit_cpu_reorder_weight(panels, VQVIT_PANELS, g.n, g.k, strips, VQVIT_STRIPS, threads);
-    return {nullptr, strips};
-}
-
-GemmTask gemm_task(const vqvit_gemm& g, Store store, void* out, int dtype, int threads, int terms = 0) {
-    GemmTask t = {};
-    t.gemm = g;
-    t.weight = packed_weight(g.b, g.b_layout, g, Slot::kPanels, Slot::kStrips, threads);
-    t.terms = terms;
-    t.store = store;
-    t.out = out;
-    t.dtype = dtype;
-    t.out_stride = g.n;
-    return t;
-}
-
-}  // namespace
-
-void project_qkv(const vqvit_gemm& gemm, const Qkv& out, int threads) {
-    if (gemm.m == 0) return;
-    run_gemm_qkv(kernels(), gemm_task(gemm, Store::kFloat, nullptr, VQVIT_F32, threads), out, threads);
-}
-
-}  // namespace vqvit
-
-using namespace vqvit;
-
-extern "C" {
-
-int vqvit_cpu_weight_layout(void) { return kernels().pack_strips != nullptr ? VQVIT_STRIPS : VQVIT_PANELS; }
-
-int vqvit_cpu_reorder_weight(
+// b (n, k) in another layout.
+void reorder_weight(
     const int8_t* b, int layout, int64_t n, int64_t k, int8_t* target, int target_layout, int threads) {
-    if (!known_layout(layout) || !known_layout(target_layout)) return VQVIT_UNKNOWN_LAYOUT;
     const Kernels& isa = kernels();
     const int64_t bytes[] = {kPanel * k, panel_bytes(k), StripLayout(k).panel_bytes()};  // of 64 rows of b
     parallel_for<Stateless>(ceil_div(n, kPanel), n * k, threads, [&](Stateless&, int64_t p) {
@@ -325,30 +278,83 @@ int vqvit_cpu_reorder_weight(
             (isa.pack_strips != nullptr ? isa.pack_strips : pack_strips_portable)(panel, k, result);
         }
     });
-    return VQVIT_OK;
 }
 
-int vqvit_cpu_int8_mm(const vqvit_gemm* gemm, int32_t* acc, int threads) {
+// Weights (n, k) in `layout` as panels or strips: themselves if tiles read them as they are, else packed now, panels into
+// `slot`, strips into `strips_slot`.
+PackedWeight packed_weight(
+    const int8_t* b, int layout, const vqvit_gemm& g, Slot slot, Slot strips_slot, int threads) {
+    const Kernels& isa = kernels();
+    const bool reads_strips = isa.pack_strips != nullptr;
+    if (layout == VQVIT_STRIPS && reads_strips) return {nullptr, b};
+    const int64_t count = ceil_div(g.n, kPanel);
+    const int8_t* panels = b;
+    if (layout != VQVIT_PANELS) {
+        int8_t* packed = static_cast<int8_t*>(scratch(slot, count * panel_bytes(g.k)));
+        reorder_weight(b, layout, g.n, g.k, packed, VQVIT_PANELS, threads);
+        panels = packed;
+    }
+    if (!reads_strips || g.m < kTilesForStrips * isa.tile_rows) return {panels, nullptr};
+    int8_t* strips = static_cast<int8_t*>(scratch(strips_slot, count * StripLayout(g.k).panel_bytes()));
+    reorder_weight(panels, VQVIT_PANELS, g.n, g.k, strips, VQVIT_STRIPS, threads);
+    return {nullptr, strips};
+}
+
+GemmTask gemm_task(const vqvit_gemm& g, Store store, void* out, int dtype, int threads, int terms = 0) {
+    GemmTask t = {};
+    t.gemm = g;
+    t.weight = packed_weight(g.b, g.b_layout, g, Slot::kPanels, Slot::kStrips, threads);
+    t.terms = terms;
+    t.store = store;
+    t.out = out;
+    t.dtype = dtype;
+    t.out_stride = g.n;
+    return t;
+}
+
+}  // namespace
+
+void project_qkv(const vqvit_gemm& gemm, const Qkv& out, int threads) {
+    if (gemm.m == 0 || gemm.n == 0) return;
+    run_gemm_qkv(kernels(), gemm_task(gemm, Store::kFloat, nullptr, VQVIT_F32, threads), out, threads);
+}
+
+}  // namespace vqvit
+
+using namespace vqvit;
+
+extern "C" {
+
+int vqvit_cpu_weight_layout(void) { return kernels().pack_strips != nullptr ? VQVIT_STRIPS : VQVIT_PANELS; }
+
+int vqvit_cpu_reorder_weight(
+    const int8_t* b, int layout, int64_t n, int64_t k, int8_t* target, int target_layout, int threads) try {
+    if (!known_layout(layout) || !known_layout(target_layout)) return VQVIT_UNKNOWN_LAYOUT;
+    reorder_weight(b, layout, n, k, target, target_layout, threads);
+    return VQVIT_OK;
+} VQVIT_CATCH_OUT_OF_MEMORY
+
+int vqvit_cpu_int8_mm(const vqvit_gemm* gemm, int32_t* acc, int threads) try {
     if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     run_gemm(kernels(), gemm_task(*gemm, Store::kInt32, acc, VQVIT_F32, threads), threads);
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
-int vqvit_cpu_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, int threads) {
+int vqvit_cpu_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, int threads) try {
     if (!known_dtype(dtype) || !known_dtype(gemm->residual_dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (!known_activation(gemm->activation)) return VQVIT_UNKNOWN_ACTIVATION;
     if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     run_gemm(kernels(), gemm_task(*gemm, Store::kFloat, y, dtype, threads), threads);
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_int8_linear_quantize(
     const vqvit_gemm* gemm, const float* out_scale, int symmetric, int per_group, int8_t* codes, float* scale,
-    int32_t* zero_point, int32_t* row_sum, int threads) {
+    int32_t* zero_point, int32_t* row_sum, int threads) try {
     const vqvit_gemm& g = *gemm;
     if (!known_activation(g.activation)) return VQVIT_UNKNOWN_ACTIVATION;
     if (!known_layout(g.b_layout)) return VQVIT_UNKNOWN_LAYOUT;
-    if (g.m == 0) return VQVIT_OK;
+    if (g.m == 0 || g.n == 0) return VQVIT_OK;
     const Kernels& isa = kernels();
     if (per_group != 0) {
         run_gemm_per_group(isa, gemm_task(g, Store::kFloat, nullptr, VQVIT_F32, threads), codes, scale, threads);
@@ -378,19 +384,19 @@ int vqvit_cpu_int8_linear_quantize(
     const QuantizeRows quantize = {t.out, VQVIT_F32, g.n, g.n, nullptr, g.activation, out};
     parallel_rows(g.m, g.n, threads, [&](int64_t first, int64_t last) { isa.quantize_rows(quantize, first, last); });
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_int8_linear_qkv(
     const vqvit_gemm* gemm, int64_t tokens, int64_t heads, int8_t* q, int8_t* k, int8_t* v, float* q_scale,
-    float* k_scale, float* v_scale, int threads) {
+    float* k_scale, float* v_scale, int threads) try {
     if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     project_qkv(*gemm, {tokens, tokens, heads, gemm->n / (3 * heads), {q, k, v}, {q_scale, k_scale, v_scale}}, threads);
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_int8_linear_compensated(
     const vqvit_gemm* gemm, const int8_t* a_residual, const int8_t* b_residual, int terms, float first_order,
-    float second_order, void* y, int dtype, int threads) {
+    float second_order, void* y, int dtype, int threads) try {
     if (!known_dtype(dtype) || !known_dtype(gemm->residual_dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (!known_activation(gemm->activation)) return VQVIT_UNKNOWN_ACTIVATION;
     if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
@@ -405,6 +411,6 @@ int vqvit_cpu_int8_linear_compensated(
     }
     run_gemm(kernels(), t, threads);
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 }  // extern "C"

@@ -8,6 +8,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <new>
+
+#include "fork.h"
 
 namespace vqvit {
 
@@ -29,10 +32,10 @@ constexpr int64_t kMaxShares = 64;
 // Block i of `blocks` even parts of [0, total).
 inline int64_t block_start(int64_t i, int64_t blocks, int64_t total) { return i * total / blocks; }
 
-// task(state, i) for i in [0, tasks); every thread has one State of its own.
+// task(state, i) for i in [0, tasks); every thread has one State of its own. Throws std::bad_alloc if a task does.
 template <class State, class Task>
 void parallel_for(int64_t tasks, int64_t work, int threads, const Task& task) {
-    const int64_t wanted = work < kSerialWork ? 1 : std::min<int64_t>(threads, tasks);
+    const int64_t wanted = work < kSerialWork ? 1 : std::min<int64_t>({threads, thread_limit(), tasks});
     if (wanted <= 1) {
         State state;
         for (int64_t i = 0; i < tasks; ++i) task(state, i);
@@ -44,15 +47,28 @@ void parallel_for(int64_t tasks, int64_t work, int threads, const Task& task) {
         share[s].next.store(block_start(s, shares, tasks), std::memory_order_relaxed);
         share[s].end = block_start(s + 1, shares, tasks);
     }
-#pragma omp parallel num_threads(static_cast<int>(wanted))
-    {
-        State state;
-        const int64_t own = omp_get_thread_num();
-        for (int64_t s = 0; s < shares; ++s) {
-            Share& from = share[(own + s) % shares];
-            for (int64_t i; (i = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) task(state, i);
+    std::atomic<bool> failed{false};
+    const auto work_from = [&](int64_t own) {
+        try {
+            State state;
+            for (int64_t s = 0; s < shares; ++s) {
+                Share& from = share[(own + s) % shares];
+                for (int64_t i; (i = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) task(state, i);
+            }
+        } catch (const std::bad_alloc&) {
+            failed.store(true, std::memory_order_relaxed);
         }
+    };
+    if (in_forked_child()) {
+        using Work = decltype(work_from);
+        run_in_child(
+            static_cast<int>(wanted),
+            [](const void* context, int64_t own) { (*static_cast<const Work*>(context))(own); }, &work_from);
+    } else {
+#pragma omp parallel num_threads(static_cast<int>(wanted))
+        work_from(omp_get_thread_num());
     }
+    if (failed.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 
 struct Stateless {};

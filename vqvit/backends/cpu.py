@@ -2,7 +2,13 @@
 
 Kernels read contiguous rows; other layouts are copied first. Small per-channel operands are converted to fp32 here,
 activations and residuals are read in their own dtype. The number of threads is torch's.
+
+Threads of OpenMP, which PyTorch's own operations use, do not survive a fork: a child would wait for them for ever. One
+that is forked once ops have run here starts with one thread (`torch.set_num_threads`).
 """
+
+import logging
+import os
 
 import torch
 
@@ -20,7 +26,35 @@ from vqvit.backends.operands import (
     pointer,
     row_major,
 )
-from vqvit.native import run
+
+logger = logging.getLogger("vqvit")
+
+_threads_before_fork: int | None = None
+"""In a forked child, until it has been told: how many threads its parent had."""
+
+
+def _begin_child() -> None:
+    global _threads_before_fork
+    if torch.get_num_threads() > 1:
+        _threads_before_fork = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_child)
+
+
+def run(function, *args) -> None:
+    """`native.run`, and a word, once, on the threads of a forked child."""
+    global _threads_before_fork
+    if _threads_before_fork is not None:
+        logger.warning(
+            "forked after use: PyTorch runs on 1 thread in this process, on %d in its parent, for OpenMP's threads do "
+            "not survive a fork; processes that are spawned have their own",
+            _threads_before_fork,
+        )
+        _threads_before_fork = None
+    native.run(function, *args)
 
 
 def unavailable() -> str | None:

@@ -32,10 +32,12 @@ def _(
         ("norm1_bias", norm1_bias),
         ("norm2_weight", norm2_weight),
         ("norm2_bias", norm2_bias),
-        ("layer_scale1", layer_scale1),
-        ("layer_scale2", layer_scale2),
     ):
+        va.check_tensor(name, vector, tensor, va.FLOATS, (width,), x)
+    for vector, tensor in (("layer_scale1", layer_scale1), ("layer_scale2", layer_scale2)):
         va.check_optional(name, vector, tensor, va.FLOATS, (width,), x)
+    for vector, tensor in (("qkv_scale", qkv_scale), ("fc1_scale", fc1_scale)):
+        va.check_tensor(name, vector, tensor, torch.float32, (None,), x)
     projected = qkv_scale.numel()
     divisible = num_heads > 0 and projected > 0 and projected % (3 * num_heads) == 0
     va.check(divisible, name, f"rows of qkv divisible by 3 · {num_heads} heads", projected)

@@ -82,6 +82,7 @@ def _(
 ):  # fmt: skip
     name = "int8_linear_quantize"
     m, n, _ = va.check_linear(name, a, a_scale, b, b_scale, bias, activation, a_zero, a_sum, b_zero, b_sum)
+    va.check(n >= 1, name, "rows of at least one element", f"N = {n}")
     va.check_static_scale(name, "out_scale", out_scale, a)
     va.check(symmetric or out_scale is None, name, "symmetric codes with a static out_scale", "symmetric = False")
     plain = out_scale is None and symmetric and not row_sum
@@ -204,6 +205,8 @@ def pack_weight(b: Tensor, layout: str = "panels") -> Tensor:
 
 @op("unpack_weight(Tensor packed, int n, int k) -> Tensor")
 def _(packed, n, k):
+    va.check_tensor("unpack_weight", "packed", packed, torch.int8)
+    va.check(n >= 1 and k >= 1, "unpack_weight", "at least one weight", (n, k))
     va.check(packed.dim() in (3, 4), "unpack_weight", "packed of 3 (strips) or 4 dimensions (panels)", packed.dim())
     va.check_codes("unpack_weight", "weight", packed, n, k, packed)
     return lambda: empty_int8(packed, n, k)

@@ -63,7 +63,7 @@ def quantize_per_group(x: Tensor, equalizer: Tensor | None = None) -> tuple[Tens
 @op("quantize_static(Tensor x, Tensor scale, Tensor? equalizer=None, bool row_sum=False) -> (Tensor, Tensor, Tensor)")
 def _(x, scale, equalizer=None, row_sum=False):
     va.check_rows("quantize_static", x, equalizer)
-    va.check_static_scale("quantize_static", "scale", scale, x)
+    va.check_tensor("quantize_static", "scale", scale, torch.float32, (), x)
     rows = x.shape[:-1]
     return lambda: (empty_int8(x, *x.shape), empty_fp32(x, *rows), empty_sums(x, rows, row_sum))
 
@@ -180,6 +180,7 @@ def _(pixels, patch_height, patch_width, equalizer=None):
     batch, channels, height, width = pixels.shape
     divisible = patch_height > 0 and patch_width > 0 and height % patch_height == 0 and width % patch_width == 0
     va.check(divisible, name, f"height and width in multiples of ({patch_height}, {patch_width})", (height, width))
+    va.check(channels >= 1, name, "at least one channel", tuple(pixels.shape))
     rows, k = batch * (height // patch_height) * (width // patch_width), channels * patch_height * patch_width
     va.check_optional(name, "equalizer", equalizer, torch.float32, (k,), pixels)
     return lambda: (empty_int8(pixels, rows, k), empty_fp32(pixels, rows))

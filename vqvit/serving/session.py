@@ -1,43 +1,55 @@
 """A loaded program and its execution, step by step."""
 
-import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from vqvit import layouts, native
-from vqvit.serving import float_ops, int8_ops
-from vqvit.serving.program import BATCH, WEIGHTS, Input, Program, ProgramError, Step, read
+from vqvit import cpus
+from vqvit.serving import checks, float_ops, int8_ops
+from vqvit.serving.program import BATCH, PROGRAM, WEIGHTS, Input, Program, ProgramError, Step, read
+from vqvit.serving.weights import WeightFile
 
-Values = dict[str, object]
+Values = dict[str | None, object]
+"""By name; the number of images under None."""
+
 Action = Callable[[Values], None]
-
-ALIGNMENT = 64  # bytes: a cache line and a zmm register, so that no load of weights touches two lines
 
 
 class Session:
-    """A model that `vqvit.export` wrote, ready to run; calls may come from several threads.
+    """A model that `vqvit.export` wrote, ready to run.
+
+    The folder may come from a stranger: every step of its program is checked against the shapes and dtypes of its
+    operands here, so that no call reads or writes outside of an array. Calls may come from several threads; a session
+    works in a forked child, and a pickled one opens the folder again.
 
     Args:
         folder: the exported model.
-        threads: of the kernels; default: the CPUs that this process may use.
+        threads: of the kernels, at most the CPUs that this process may use; default: as many, or $OMP_NUM_THREADS.
 
-    Raises `FileNotFoundError` or `ProgramError` for a folder that is not an exported model;
+    Raises `FileNotFoundError` where the folder holds no exported model, `ProgramError` for whatever is wrong in one;
     `vqvit.native.NativeUnavailableError` where the CPU library cannot be loaded.
     """
 
     def __init__(self, folder: str | Path, threads: int | None = None):
         if threads is not None and threads < 1:
             raise ValueError(f"threads: expected at least 1; got {threads}")
-        self.threads = threads or usable_cpus()
+        self.threads = min(threads or cpus.default_threads(), cpus.usable_cpus())
         program = read(folder)
         self.inputs, self.outputs = program.inputs, program.outputs
-        self._weights = load_weights(Path(folder) / WEIGHTS, self.threads)
+        self._source = Path(folder).absolute(), threads, program.sha256
+        with WeightFile(Path(folder) / WEIGHTS) as file:
+            try:
+                self._known = checks.check(program, file.tensors)
+            except ProgramError as error:
+                raise ProgramError(f"{Path(folder) / PROGRAM}: {error}") from error
+            self._weights = file.load(program.sha256, self.threads)
         self._actions = self._prepare(program)
+
+    def __reduce__(self) -> tuple:
+        return reopened, self._source
 
     def __call__(self, *images: np.ndarray) -> dict[str, np.ndarray]:
         """The model's outputs by name.
@@ -52,6 +64,10 @@ class Session:
             description.name: checked(description, array)
             for description, array in zip(self.inputs, images, strict=True)
         }
+        counts = {len(array) for array in values.values()}
+        if len(counts) > 1:
+            raise ValueError(f"expected as many images in each input; got {sorted(counts)}")
+        values[None] = counts.pop()
         for action in self._actions:
             action(values)
         return {name: np.ascontiguousarray(values[value]) for name, value in self.outputs.items()}
@@ -63,32 +79,45 @@ class Session:
             last.update(dict.fromkeys(names_read(step.arguments), index))
             readers.update(set(names_read(step.arguments)))
         kept = set(program.outputs.values())
+        read_last = defaultdict(list)
+        for name, index in last.items():
+            if name not in kept:
+                read_last[index].append(name)
         streams = {step.results for step in program.steps if step.op == int8_ops.ENCODER_BLOCK} - kept
         actions = []
         for index, step in enumerate(program.steps):
             # A block writes over its input if that is a block's result, so an array of its own, that nobody else reads.
             over_input = all(name in streams and readers[name] == 1 for name in names_read(step.arguments))
             actions.append(self._action(step, over_input))
-            done = tuple(name for name, user in last.items() if user == index and name not in kept)
-            if done:
+            if done := tuple(read_last[index]):
                 actions.append(lambda values, done=done: [values.pop(name) for name in done])
         return actions
 
     def _action(self, step: Step, over_input: bool) -> Action:
         op, raw, prepare = self._operation(step, over_input)
         arguments = [argument(a, self._weights) for a in raw]
+        wanted = checks.expected(self._known, step) if step.op in float_ops.OPS else []
 
         def function(values: Values) -> object:
             return op(*(prepare(get(values)) for get in arguments))
 
         if isinstance(step.results, str):
-            return lambda values: values.__setitem__(step.results, function(values))
-        wanted = [(i, name) for i, name in enumerate(step.results) if name is not None]
+            name = step.results
+            if not wanted:
+                return lambda values: values.__setitem__(name, function(values))
+            ((_, result),) = wanted
+
+            def assign_array(values: Values) -> None:
+                values[name] = foreseen(step, result, function(values), values[None])
+
+            return assign_array
+        places = [(i, name) for i, name in enumerate(step.results) if name is not None]
+        known = dict(wanted)
 
         def assign(values: Values) -> None:
             results = function(values)
-            for i, name in wanted:
-                values[name] = results[i]
+            for i, name in places:
+                values[name] = foreseen(step, known[name], results[i], values[None]) if known else results[i]
 
         return assign
 
@@ -100,14 +129,23 @@ class Session:
             return partial(int8_ops.run_encoder_block, self.threads, *block, over_input), (source,), contiguous
         if step.op in int8_ops.OPS:
             return partial(int8_ops.OPS[step.op], self.threads), step.arguments, contiguous
-        if step.op in float_ops.OPS:
-            return float_ops.OPS[step.op], step.arguments, float_ops.unchanged
-        raise ProgramError(f"expected operations that this version knows; got {step.op}")
+        return float_ops.OPS[step.op], step.arguments, float_ops.unchanged
 
 
-def usable_cpus() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+def reopened(folder: Path, threads: int | None, sha256: str) -> Session:
+    """What a pickled session becomes. Raises `ProgramError` if the folder holds another model by now."""
+    session = Session(folder, threads)
+    if session._source[2] != sha256:
+        raise ProgramError(f"{folder}: expected the model that was pickled; got another one")
+    return session
+
+
+def foreseen(step: Step, wanted: checks.Expected, array: np.ndarray, batch: int) -> np.ndarray:
+    """`array`. Raises `ProgramError` if NumPy made another shape or dtype than was foreseen: kernels trust those."""
+    if not isinstance(array, np.ndarray) or array.dtype != wanted.dtype or array.shape != wanted.of(batch):
+        received = getattr(array, "dtype", type(array).__name__), getattr(array, "shape", ())
+        raise ProgramError(f"{step.op}: expected {wanted.dtype} {wanted.of(batch)}; got {received[0]} {received[1]}")
+    return array
 
 
 def checked(description: Input, array: np.ndarray) -> np.ndarray:
@@ -122,66 +160,15 @@ def checked(description: Input, array: np.ndarray) -> np.ndarray:
     if not fits:
         wanted = ", ".join(str(size) for size in description.shape)
         raise ValueError(f"{description.name}: expected shape ({wanted}); got {array.shape}")
-    return np.ascontiguousarray(array)
+    return np.require(array, requirements=("C", "ALIGNED"))
 
 
 def contiguous(value: object) -> object:
     return np.ascontiguousarray(value) if isinstance(value, np.ndarray) and value.ndim else value
 
 
-def load_weights(path: Path, threads: int) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file in one block of memory, each on a cache line of its own; int8 weights, panels
-    in the file, in the layout that this machine's kernels are fastest with.
-
-    One large block also gets large pages where the system gives them.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            found = {name: file.get_slice(name) for name in names}
-            dtypes = {name: DTYPES[part.get_dtype()] for name, part in found.items()}
-            shapes = {name: loaded_shape(tuple(part.get_shape()), dtypes[name]) for name, part in found.items()}
-            sizes = {name: int(np.prod(shapes[name])) * dtypes[name].itemsize for name in names}
-            starts, total = {}, 0
-            for name in names:
-                starts[name], total = total, total + -(-sizes[name] // ALIGNMENT) * ALIGNMENT
-            block = np.empty(total + ALIGNMENT, np.uint8)
-            offset = -block.ctypes.data % ALIGNMENT
-            weights = {}
-            for name in names:
-                start = offset + starts[name]
-                weights[name] = block[start : start + sizes[name]].view(dtypes[name]).reshape(shapes[name])
-                stored = file.get_tensor(name)
-                if stored.shape == shapes[name]:
-                    weights[name][...] = stored
-                else:
-                    int8_ops.reorder_weight(threads, stored, *padded_size(stored.shape), weights[name])
-    except (SafetensorError, KeyError) as error:
-        raise ProgramError(f"{path}: expected a safetensors file of int8, int32 and fp32; got: {error}") from error
-    return weights
-
-
-def loaded_shape(stored: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
-    """What a tensor with this shape in the file has in memory."""
-    in_panels = dtype == np.int8 and len(stored) == 4
-    if not in_panels or native.cpu_weight_layout() == "panels":
-        return stored
-    return layouts.shape_of("strips", *padded_size(stored))
-
-
-def padded_size(panels: tuple[int, ...]) -> tuple[int, int]:
-    """(N, K) of a weight with this shape in panels, what pads them included."""
-    return panels[0] * layouts.PANEL, (panels[1] - 1) * layouts.K_GROUP
-
-
-DTYPES = {"F32": np.dtype(np.float32), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
-"""By their name in safetensors."""
-
-
 def argument(raw: object, weights: dict[str, np.ndarray]) -> Callable[[Values], object]:
-    """How to read one argument of a step (its forms: `vqvit.serving.program`). Raises `ProgramError` for a weight that
-    is missing.
-    """
+    """How to read one argument of a checked step (its forms: `vqvit.serving.program`)."""
     if isinstance(raw, list):
         parts = [argument(part, weights) for part in raw]
         return lambda values: [get(values) for get in parts]
@@ -191,8 +178,6 @@ def argument(raw: object, weights: dict[str, np.ndarray]) -> Callable[[Values], 
     if kind == "value":
         return lambda values: values[content]
     if kind == "weight":
-        if content not in weights:
-            raise ProgramError(f"expected a weight {content!r}; the file has none")
         return lambda _, found=weights[content]: found
     constant = float(content) if kind == "number" else content
     return lambda _: constant

@@ -164,6 +164,13 @@ def read_manifest(directory: str | Path) -> dict:
     return manifest
 
 
+def stored_bytes(directory: str | Path) -> int:
+    """Size of a checkpoint's own files. Raises as `read_manifest` does."""
+    directory = Path(directory)
+    own = {MANIFEST, CONFIG, PROCESSOR_FILE, weights_of(directory, read_manifest(directory)).name}
+    return sum((directory / name).stat().st_size for name in own if (directory / name).is_file())
+
+
 def _build(directory: Path, manifest: dict, config: object) -> nn.Module:
     if manifest["library"] != "transformers":
         raise CheckpointError(

@@ -171,7 +171,7 @@ def use_cpu(library: ctypes.CDLL) -> None:
 
 
 def open_twin(path: Path) -> ctypes.CDLL:
-    """The CUDA kernels' twin at `path`, as `_build.build` wrote it from these sources or others of the same interface."""
+    """The CUDA kernels' twin at `path`, as `_build.build` wrote it from sources of the same interface."""
     return _declare(_open(path), CUDA_TWIN.device)
 
 

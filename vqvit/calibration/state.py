@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vqvit.batches import Batch
+from vqvit.batches import Batches
 from vqvit.calibration.observers import CalibrationError, MaxObserver
 from vqvit.plan import Plan
 
@@ -37,14 +37,14 @@ class Fingerprint:
     seed: int
 
     @staticmethod
-    def of(model: nn.Module, plan: Plan, batches: list[Batch], seed: int) -> "Fingerprint":
+    def of(model: nn.Module, plan: Plan, batches: Batches, seed: int) -> "Fingerprint":
         tensors = (tensor for batch in batches for tensor in (*batch.args, *batch.kwargs.values()))
         return Fingerprint(
             _digest(model.state_dict().values()),
             hashlib.sha256(plan.to_json().encode()).hexdigest(),
             _digest(tensors),
             len(batches),
-            sum(len(batch.images) for batch in batches),
+            batches.images,
             seed,
         )
 

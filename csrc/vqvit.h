@@ -33,6 +33,7 @@ enum vqvit_status {
     VQVIT_UNKNOWN_MODE = 5,
     VQVIT_CUDA_ERROR = 6, /* vqvit_cuda_last_error says which */
     VQVIT_UNKNOWN_LAYOUT = 7,
+    VQVIT_OUT_OF_MEMORY = 8, /* no room for scratch; outputs may be written in part */
 };
 
 enum vqvit_dtype { VQVIT_F32 = 0, VQVIT_F16 = 1, VQVIT_BF16 = 2 };

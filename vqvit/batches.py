@@ -16,8 +16,8 @@ LABELS = ("labels", "label")
 """Entries of a dict of inputs that are labels and no inputs, under transformers' name and that of many datasets."""
 
 
-IN_MEMORY = 1 << 24
-"""Bytes that a `TensorFile` holds in memory before it makes a file: 16 MB, an image of ViT-B has 0.6."""
+IN_MEMORY = 1 << 20
+"""Bytes that a `TensorFile` holds in memory before it makes a file: an image of ViT-B has 600,000."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "scratch.h"
 
 using namespace vqvit;
 
 extern "C" int vqvit_cpu_int8_attention(
     const int8_t* q, const int8_t* k, const int8_t* v, const float* q_scale, const float* k_scale,
     const float* v_scale, float logit_scale, int64_t batch, int64_t heads, int64_t queries, int64_t keys,
-    int64_t head_dim, void* out, int dtype, int threads) {
+    int64_t head_dim, void* out, int dtype, int threads) try {
     if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (batch * heads * queries == 0) return VQVIT_OK;
     const Kernels& isa = kernels();
@@ -28,4 +29,4 @@ extern "C" int vqvit_cpu_int8_attention(
         isa.attention_head(task, head / heads, head % heads, first, last, loaded);
     });
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY

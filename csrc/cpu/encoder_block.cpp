@@ -160,7 +160,7 @@ using namespace vqvit;
 
 extern "C" int vqvit_cpu_int8_encoder_block(
     const vqvit_encoder_block* block, const void* x, int dtype, int64_t batch, int64_t tokens, int64_t leading_tokens,
-    void* out, int threads) {
+    void* out, int threads) try {
     const vqvit_encoder_block& b = *block;
     if (!known_dtype(dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (!known_activation(b.activation)) return VQVIT_UNKNOWN_ACTIVATION;
@@ -198,4 +198,4 @@ extern "C" int vqvit_cpu_int8_encoder_block(
     fc2.residual_dtype = dtype;
     vqvit_cpu_int8_linear(&fc2, out, dtype, threads);
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY

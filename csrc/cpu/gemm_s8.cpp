@@ -296,7 +296,7 @@ extern "C" {
 int vqvit_cpu_weight_layout(void) { return kernels().pack_strips != nullptr ? VQVIT_STRIPS : VQVIT_PANELS; }
 
 int vqvit_cpu_reorder_weight(
-    const int8_t* b, int layout, int64_t n, int64_t k, int8_t* target, int target_layout, int threads) {
+    const int8_t* b, int layout, int64_t n, int64_t k, int8_t* target, int target_layout, int threads) try {
     if (!known_layout(layout) || !known_layout(target_layout)) return VQVIT_UNKNOWN_LAYOUT;
     const Kernels& isa = kernels();
     const int64_t bytes[] = {kPanel * k, panel_bytes(k), StripLayout(k).panel_bytes()};  // of 64 rows of b
@@ -326,25 +326,25 @@ int vqvit_cpu_reorder_weight(
         }
     });
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
-int vqvit_cpu_int8_mm(const vqvit_gemm* gemm, int32_t* acc, int threads) {
+int vqvit_cpu_int8_mm(const vqvit_gemm* gemm, int32_t* acc, int threads) try {
     if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     run_gemm(kernels(), gemm_task(*gemm, Store::kInt32, acc, VQVIT_F32, threads), threads);
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
-int vqvit_cpu_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, int threads) {
+int vqvit_cpu_int8_linear(const vqvit_gemm* gemm, void* y, int dtype, int threads) try {
     if (!known_dtype(dtype) || !known_dtype(gemm->residual_dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (!known_activation(gemm->activation)) return VQVIT_UNKNOWN_ACTIVATION;
     if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     run_gemm(kernels(), gemm_task(*gemm, Store::kFloat, y, dtype, threads), threads);
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_int8_linear_quantize(
     const vqvit_gemm* gemm, const float* out_scale, int symmetric, int per_group, int8_t* codes, float* scale,
-    int32_t* zero_point, int32_t* row_sum, int threads) {
+    int32_t* zero_point, int32_t* row_sum, int threads) try {
     const vqvit_gemm& g = *gemm;
     if (!known_activation(g.activation)) return VQVIT_UNKNOWN_ACTIVATION;
     if (!known_layout(g.b_layout)) return VQVIT_UNKNOWN_LAYOUT;
@@ -378,19 +378,19 @@ int vqvit_cpu_int8_linear_quantize(
     const QuantizeRows quantize = {t.out, VQVIT_F32, g.n, g.n, nullptr, g.activation, out};
     parallel_rows(g.m, g.n, threads, [&](int64_t first, int64_t last) { isa.quantize_rows(quantize, first, last); });
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_int8_linear_qkv(
     const vqvit_gemm* gemm, int64_t tokens, int64_t heads, int8_t* q, int8_t* k, int8_t* v, float* q_scale,
-    float* k_scale, float* v_scale, int threads) {
+    float* k_scale, float* v_scale, int threads) try {
     if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
     project_qkv(*gemm, {tokens, tokens, heads, gemm->n / (3 * heads), {q, k, v}, {q_scale, k_scale, v_scale}}, threads);
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 int vqvit_cpu_int8_linear_compensated(
     const vqvit_gemm* gemm, const int8_t* a_residual, const int8_t* b_residual, int terms, float first_order,
-    float second_order, void* y, int dtype, int threads) {
+    float second_order, void* y, int dtype, int threads) try {
     if (!known_dtype(dtype) || !known_dtype(gemm->residual_dtype)) return VQVIT_UNKNOWN_DTYPE;
     if (!known_activation(gemm->activation)) return VQVIT_UNKNOWN_ACTIVATION;
     if (!known_layout(gemm->b_layout)) return VQVIT_UNKNOWN_LAYOUT;
@@ -405,6 +405,6 @@ int vqvit_cpu_int8_linear_compensated(
     }
     run_gemm(kernels(), t, threads);
     return VQVIT_OK;
-}
+} VQVIT_CATCH_OUT_OF_MEMORY
 
 }  // extern "C"

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <new>
 
 namespace vqvit {
 
@@ -29,7 +30,8 @@ constexpr int64_t kMaxShares = 64;
 // Block i of `blocks` even parts of [0, total).
 inline int64_t block_start(int64_t i, int64_t blocks, int64_t total) { return i * total / blocks; }
 
-// task(state, i) for i in [0, tasks); every thread has one State of its own.
+// task(state, i) for i in [0, tasks); every thread has one State of its own. Throws std::bad_alloc where a thread has no
+// memory for its scratch; an exception may not leave a parallel region, and so goes on behind it.
 template <class State, class Task>
 void parallel_for(int64_t tasks, int64_t work, int threads, const Task& task) {
     const int64_t wanted = work < kSerialWork ? 1 : std::min<int64_t>(threads, tasks);
@@ -44,15 +46,19 @@ void parallel_for(int64_t tasks, int64_t work, int threads, const Task& task) {
         share[s].next.store(block_start(s, shares, tasks), std::memory_order_relaxed);
         share[s].end = block_start(s + 1, shares, tasks);
     }
+    std::atomic<bool> out_of_memory{false};
 #pragma omp parallel num_threads(static_cast<int>(wanted))
-    {
+    try {
         State state;
         const int64_t own = omp_get_thread_num();
         for (int64_t s = 0; s < shares; ++s) {
             Share& from = share[(own + s) % shares];
             for (int64_t i; (i = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) task(state, i);
         }
+    } catch (const std::bad_alloc&) {
+        out_of_memory.store(true, std::memory_order_relaxed);
     }
+    if (out_of_memory.load(std::memory_order_relaxed)) throw std::bad_alloc();
 }
 
 struct Stateless {};

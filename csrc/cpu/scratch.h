@@ -2,6 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
+
+// Ends an exported function that begins with `try`: an exception that left it would end the process.
+#define VQVIT_CATCH_OUT_OF_MEMORY \
+    catch (const std::bad_alloc&) { return VQVIT_OUT_OF_MEMORY; }
 
 namespace vqvit {
 

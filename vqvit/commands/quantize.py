@@ -93,8 +93,10 @@ def run(arguments: argparse.Namespace) -> dict:
     )  # fmt: skip
     if not report.plan.layers:
         raise ValueError(f"--min-speedup {arguments.min_speedup:g}: nothing stays in int8\n{report}")
+    result = _save(model, arguments)
+    (Path(arguments.output) / progressive.LOG_FILE).unlink(missing_ok=True)  # of the model that was there
     facts = {"tiers_by": chosen.facts, "skipped_images": common.skipped(batches)}
-    return {**_save(model, arguments), **facts, **report.to_dict()}
+    return {**result, **facts, **report.to_dict()}
 
 
 def _save(model, arguments: argparse.Namespace) -> dict:

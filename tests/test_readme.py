@@ -38,7 +38,8 @@ def indented() -> list[str]:
 
 def inline() -> list[str]:
     """`...` in the text that is code to type: what begins with a program, an option or a name of the package."""
-    text = re.sub(r"^(```.*?^```|    .*)$", "", README, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
     return [
         span for span in spans if re.match(r"(vqvit[. ]|torch[. ]|python |make |pip |--|cls_only|activations=)", span)
@@ -190,7 +191,7 @@ def run_inline(span: str, folder: Path) -> None:
         program = shlex.split(span)[1]
         assert program == "-m" or (ROOT / program).is_file(), span
         return
-    if re.fullmatch(r"(vqvit(\.\w+)+|torch\.\w+)(\.\*)?(\(.*)?", span):
+    if re.fullmatch(r"(vqvit|torch)(\.\w+)+(\.\*)?(\(.*)?", span):
         exec_inline(span, folder)
         return
     KNOWN[span](folder)

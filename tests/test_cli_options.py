@@ -184,6 +184,33 @@ def test_quantize_names_what_it_skips(capsys, folders, tmp_path):
     assert status == 0 and len(result["skipped_images"]) == 1 and err.count("images skipped") == 1
 
 
+def test_every_loader_of_a_run_names_what_it_skips(capsys, folders, tmp_path):
+    """Those of --sensitivity-data too."""
+    save_images(tmp_path / "images", count=4, classes=2, side=40)
+    (tmp_path / "images" / "class0" / "broken.png").write_bytes(b"not an image")
+    argv = ["quantize", folders["float"], tmp_path / "out", "--sensitivity-data", tmp_path / "images", "--tiers-by"]
+    status, _, err = run(capsys, *argv, "sensitivity")
+    assert status == 0 and err.count("1 of 5 images skipped: image ") == 1
+
+
+def test_a_calibration_state_is_a_file(capsys, folders, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    argv = [
+        "quantize",
+        folders["float"],
+        tmp_path / "out",
+        "--calibration",
+        folders["images"],
+        "--activation",
+        "static",
+    ]
+    for place in (tmp_path / "fifo", tmp_path):
+        status, _, err = run(capsys, *argv, "--calibration-state", place)
+        assert status == 2
+        check_error(err, "calibration state: expected a file, or a name for a new one")
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode) and not (tmp_path / "out").exists()
+
+
 def test_how_images_become_the_input_is_said(capsys, folders, tmp_path):
     argv = ["eval", folders["float"], "--data", folders["images"]]
     status, scores, err = run(capsys, *argv)

@@ -252,6 +252,7 @@ def test_unreadable_images_are_named_and_skipped_or_refused(tmp_path, caplog, ki
         list(open_images(tmp_path / "b.png", plain))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_mutated_pictures_raise_nothing_else(tmp_path):
     """Whatever strangers put into a file: an image, or `DataError`."""
     rng = np.random.default_rng(0)

@@ -97,8 +97,8 @@ class Source:
 class ImageBatches:
     """A re-iterable loader over images on disk: yields (pixel_values, labels), or pixel_values if there are no labels.
 
-    Images that cannot be read are skipped, logged once with their names and a count, and gathered in `skipped`; with
-    `strict` the first is an error.
+    Images that cannot be read are skipped, named once with a count to `report` (default: the log), and gathered in
+    `skipped`; with `strict` the first is an error.
 
     Attributes: images, how many it yields if all can be read; indices, which; labelled; transform; batch_size; strict;
         skipped, the reason by name, of those that were met so far.
@@ -126,6 +126,7 @@ class ImageBatches:
         self.labelled = source.labelled
         self.strict = strict
         self.skipped: dict[str, str] = {}
+        self.report: Callable[[str], object] = _warn
 
     def __len__(self) -> int:
         return (self.images + self.batch_size - 1) // self.batch_size
@@ -153,7 +154,7 @@ class ImageBatches:
         if not read:
             raise DataError(f"images: expected at least one that can be read; got {skipped_text(self)}")
         if len(self.skipped) > known:
-            logger.warning("%s", skipped_text(self))
+            self.report(skipped_text(self))
 
     def _selected(self) -> Iterator[Item]:
         wanted = iter(self.indices)
@@ -199,6 +200,10 @@ def open_images(
     if not path.exists():
         raise FileNotFoundError(f"images: expected a folder, a picture or a parquet file; there is no {path}")
     return ImageBatches(_open(path, label2id or {}), transform, batch_size, limit, indices, strict)
+
+
+def _warn(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def skipped_text(batches: ImageBatches) -> str:

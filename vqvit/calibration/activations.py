@@ -36,6 +36,8 @@ def calibrate_activations(
     """
     if not names:
         return
+    if state_file is not None and Path(state_file).exists() and not Path(state_file).is_file():
+        raise CalibrationError(f"calibration state: expected a file, or a name for a new one; {state_file} is none")
     layers: dict[str, QuantLinear] = {name: model.get_submodule(name) for name in names}
     observers = {name: make_observer(name, layer.plan.observer, seed) for name, layer in layers.items()}
     fingerprint = Fingerprint.of(model, plan, batches, seed) if state_file else None

@@ -151,7 +151,9 @@ def open_data(source: str, model, folder: str | Path, arguments: argparse.Namesp
         return list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     transform = _transform(model, folder, arguments.image_size)
     label2id = getattr(config, "label2id", None)
-    return data.open_images(source, transform, batch_size, arguments.images, label2id, strict=arguments.strict)
+    batches = data.open_images(source, transform, batch_size, arguments.images, label2id, strict=arguments.strict)
+    batches.report = say
+    return batches
 
 
 def _transform(model, folder: str | Path, size: int | None):
@@ -170,13 +172,8 @@ def _transform(model, folder: str | Path, size: int | None):
 
 
 def skipped(batches: Iterable | None) -> list[str]:
-    """Names of the images that `batches` skipped; a line on stderr where there are any."""
-    from vqvit import data
-
-    if not getattr(batches, "skipped", None):
-        return []
-    say(data.skipped_text(batches))
-    return list(batches.skipped)
+    """Names of the images that `batches` skipped, which it has said on stderr."""
+    return list(getattr(batches, "skipped", ()))
 
 
 def image_size_of(model) -> int | None:

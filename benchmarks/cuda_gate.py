@@ -348,7 +348,7 @@ def main() -> int:
     arguments = parser.parse_args()
     facts = environment()
     provenance = {column: facts[column] for column in ("date", "commit", "command")}
-    version = re.search(r"V[\d.]+", _build.compiler_version(_build.compiler(_build.CUDA)))
+    version = re.search(r"V[\d.]+", _build.compiler_version(_build.CUDA))
     provenance["nvcc"] = version[0] if version else ""
     failed = 0
     for arch in arguments.arch:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vqvit
-from vqvit.checkpoint import CONFIG, MANIFEST, WEIGHTS
+from vqvit.checkpoint import CONFIG, MANIFEST, WEIGHTS, WEIGHTS_1, read_manifest, weights_of
 from vqvit.files import sha256
 from vqvit.hf import ArchitectureError, load_float
 
@@ -100,22 +100,57 @@ def test_output_below_a_file(checkpoint, tmp_path):
         vqvit.save(vqvit.load(checkpoint), tmp_path / "file" / "ck")
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, MANIFEST, CONFIG])
+def weights(folder):
+    return weights_of(folder, read_manifest(folder))
+
+
+def as_format_1(folder):
+    """The folder as earlier versions wrote it."""
+    weights(folder).rename(folder / WEIGHTS_1)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    kept = {name: value for name, value in manifest.items() if name not in ("weights", "config", "processor")}
+    (folder / MANIFEST).write_text(json.dumps({**kept, "format": 1}))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_1, MANIFEST, CONFIG])
 def test_missing_file(checkpoint, name):
+    as_format_1(checkpoint)
     (checkpoint / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         vqvit.load(checkpoint)
 
 
+def test_missing_weights(checkpoint):
+    weights(checkpoint).unlink()
+    with pytest.raises(FileNotFoundError, match=WEIGHTS.pattern):
+        vqvit.load(checkpoint)
+
+
+def test_folders_of_format_1_load_and_are_replaced(checkpoint):
+    logits = vqvit.load(checkpoint)(torch.ones(1, 3, 32, 32)).logits
+    as_format_1(checkpoint)
+    assert torch.equal(vqvit.load(checkpoint)(torch.ones(1, 3, 32, 32)).logits, logits)
+    vqvit.save(vqvit.load(checkpoint), checkpoint)
+    assert {p.name for p in checkpoint.iterdir()} == {weights(checkpoint).name, MANIFEST, CONFIG}
+    assert torch.equal(vqvit.load(checkpoint)(torch.ones(1, 3, 32, 32)).logits, logits)
+
+
+def test_weights_outside_the_folder_are_refused(checkpoint):
+    for name in ("../ck/x", "/etc/passwd", None, 3):
+        edit(checkpoint, weights=name)
+        with pytest.raises(vqvit.CheckpointError, match="expected weights vqvit-<hash>"):
+            vqvit.load(checkpoint)
+
+
 def truncate(folder):
-    data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+    data = weights(folder).read_bytes()
+    weights(folder).write_bytes(data[: len(data) // 2])
 
 
 def flip_a_bit(folder):
-    data = bytearray((folder / WEIGHTS).read_bytes())
+    data = bytearray(weights(folder).read_bytes())
     data[-100] ^= 4
-    (folder / WEIGHTS).write_bytes(data)
+    weights(folder).write_bytes(data)
 
 
 def break_manifest(folder):
@@ -140,17 +175,17 @@ def break_config(folder):
 
 
 def wrong_tensors(folder):
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(weights(folder))
     tensors["classifier.codes"] = tensors["classifier.codes"][:5].contiguous()
     del tensors["vit.layernorm.weight"]
     tensors["surplus"] = torch.ones(1)
-    save_file(tensors, folder / WEIGHTS)
-    edit(folder, sha256=sha256(folder / WEIGHTS))
+    save_file(tensors, weights(folder))
+    edit(folder, sha256=sha256(weights(folder)))
 
 
 def not_safetensors(folder):
-    (folder / WEIGHTS).write_bytes(b"\x80\x02pickle")
-    edit(folder, sha256=sha256(folder / WEIGHTS))
+    weights(folder).write_bytes(b"\x80\x02pickle")
+    edit(folder, sha256=sha256(weights(folder)))
 
 
 DAMAGE = {
@@ -158,7 +193,7 @@ DAMAGE = {
     flip_a_bit: r"expected SHA-256 .*truncated or corrupted",
     break_manifest: "expected JSON; got text that fails to parse",
     other_document: "expected the fields .*; got another document",
-    future_format: "expected format 1; got 7",
+    future_format: "expected format 1 or 2; got 7",
     break_config: "expected JSON; got text that fails to parse",
     wrong_tensors: r"classifier\.codes is \(5, 64\).*; surplus unknown; vit\.layernorm\.weight missing",
     not_safetensors: "expected a safetensors file; got one that cannot be read",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cli_cases import check_error, run, save_images
 from PIL import Image
+from test_checkpoint import weights
 
 import vqvit
 from vqvit import cli, demo, guard
@@ -32,7 +33,7 @@ def test_quantize(capsys, float_folder, tmp_path):
     out = tmp_path / "deep" / "out"
     status, result, _ = run(capsys, "quantize", float_folder, str(out))
     assert status == 0
-    assert {p.name for p in out.iterdir()} == {"model.safetensors", "vqvit.json", "config.json"}
+    assert {p.name for p in out.iterdir()} == {weights(out).name, "vqvit.json", "config.json"}
     assert {layer["status"] for layer in result["layers"]} <= {"int8", "block"}
     assert result["bytes"] == sum(p.stat().st_size for p in out.iterdir())
     assert list(out.parent.iterdir()) == [out]
@@ -173,12 +174,25 @@ def test_inspect(capsys, float_folder, quantized_folder):
     status, result, _ = run(capsys, "inspect", quantized_folder)
     assert status == 0 and result["quantized"]
     codes = 2 * (3 * 64 * 64 + 64 * 64 + 2 * 64 * 128) + 64 * 3 * 64 + CLASSES * 64
-    assert result["bytes"]["int8 codes"] == codes
+    assert result["bytes"]["int8 codes"] == codes and result["bytes"]["codes of 4 and 3 bits"] == 0
     assert result["bytes"]["scales"] > 0
     assert sum(result["bytes"].values()) + result["other_bytes"] == result["total_bytes"]
     status, result, _ = run(capsys, "inspect", float_folder)
     assert status == 0 and not result["quantized"]
     assert result["bytes"]["int8 codes"] == 0 and len(result["layers"]) == 2 * 4 + 2
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_inspect_counts_packed_codes(capsys, float_folder, tmp_path, bits):
+    assert cli.main(["quantize", float_folder, str(tmp_path / "out"), "--bits", str(bits)]) == 0
+    (tmp_path / "out" / "notes.bin").write_bytes(b"mine" * 1000)
+    status, result, _ = run(capsys, "inspect", tmp_path / "out")
+    codes = 2 * (3 * 64 * 64 + 64 * 64 + 2 * 64 * 128) + 64 * 3 * 64 + CLASSES * 64
+    assert status == 0 and result["bytes"]["codes of 4 and 3 bits"] == codes * bits // 8
+    assert result["bytes"]["int8 codes"] == 0 and result["bytes"]["float"] < codes // 2
+    assert result["total_bytes"] == sum(p.stat().st_size for p in (tmp_path / "out").iterdir()) - 4000
+    assert cli.main(["inspect", str(tmp_path / "out")]) == 0
+    assert f"int8, {bits} bits" in capsys.readouterr().out
 
 
 def test_env(capsys):
@@ -237,7 +251,7 @@ def test_text_of_every_command_is_for_people(capsys, command, float_folder, quan
 
 
 BAD_QUANTIZE = {
-    "no such source": (["{tmp}/absent", "{tmp}/out"], "config.json; got .*absent"),
+    "no such source": (["{tmp}/absent", "{tmp}/out"], r"\(config.json\); there is no folder .*absent"),
     "unknown tier": (["{float}", "{tmp}/out", "--tier", "int9"], "expected one of int8, int8_asym, fp16; got 'int9'"),
     "unknown activation": (["{float}", "{tmp}/out", "--activation", "x"], "expected one of per_token"),
     "bad setting": (["{float}", "{tmp}/out", "--set", "head"], "expected LAYER=TIER; got 'head'"),
@@ -308,14 +322,16 @@ def test_eval_errors(capsys, float_folder, quantized_folder, images, tmp_path):
     damaged.mkdir()
     for path in Path(quantized_folder).iterdir():
         (damaged / path.name).write_bytes(path.read_bytes())
-    weights = (damaged / "model.safetensors").read_bytes()
-    (damaged / "model.safetensors").write_bytes(weights[:-100])
+    weights(damaged).write_bytes(weights(damaged).read_bytes()[:-100])
     unlabelled = tmp_path / "flat"
     unlabelled.mkdir()
     Image.new("RGB", (32, 32)).save(unlabelled / "a.png")
     for argv, message in (
         ([str(tmp_path / "absent"), "--data", images], "there is no folder .*absent"),
-        ([str(tmp_path / "empty"), "--data", images], "config.json; got .*empty"),
+        (
+            [str(tmp_path / "empty"), "--data", images],
+            r"\(config.json\) or a vqvit checkpoint \(vqvit.json\); got .*empty, which is none",
+        ),
         ([float_folder, "--data", str(tmp_path / "empty")], "expected a folder with"),
         ([float_folder, "--data", str(tmp_path / "absent")], "there is no .*absent"),
         ([float_folder, "--data", str(unlabelled)], "expected a reference model, or labels"),
@@ -346,6 +362,7 @@ def test_usage_errors(capsys, argv):
 
 
 def test_inspect_errors(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     status, _, err = run(capsys, "inspect", str(tmp_path))
     assert status == 2
     check_error(err, "expected weights in safetensors files; got none")

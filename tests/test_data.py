@@ -1,6 +1,10 @@
 """`vqvit.data`: folders, parquet files and the digits become batches; what is wrong with them is said."""
 
+import contextlib
 import json
+import struct
+import zlib
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -150,6 +154,7 @@ def test_processor_of_the_model(tmp_path):
     (pixels,) = transform_for(folder)([image])
     assert torch.allclose(pixels, torch.full((3, 12, 12), 1.5))
     (larger,) = transform_for(folder, size=SIZE)([image])
+    assert str(transform_for(folder, size=SIZE)) == "16 x 16, mean (0.25, 0.25, 0.25), std (0.5, 0.5, 0.5)"
     assert torch.allclose(larger, torch.full((3, SIZE, SIZE), 1.5))
 
 
@@ -175,21 +180,153 @@ def test_path_errors(tmp_path):
         open_images(tmp_path, plain)
 
 
-def test_unreadable_image_is_named(tmp_path):
-    write_image(tmp_path / "a.png", 0)
-    (tmp_path / "b.png").write_bytes(b"not an image")
-    batches = open_images(tmp_path, plain)
-    with pytest.raises(DataError, match=r"image .*b\.png: expected a readable image"):
-        list(batches)
+def png(mode, array, **options):
+    buffer = BytesIO()
+    Image.fromarray(array).convert(mode).save(buffer, "PNG", **options)
+    return buffer.getvalue()
 
 
-def test_truncated_image_is_named(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    Image.fromarray(noise).save(tmp_path / "a.jpg")
-    content = (tmp_path / "a.jpg").read_bytes()
-    (tmp_path / "a.jpg").write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"image .*a\.jpg"):
-        list(open_images(tmp_path, plain))
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def animation(suffix):
+    buffer = BytesIO()
+    frames = [Image.fromarray(noise(8, 8, 3)), Image.fromarray(255 - noise(8, 8, 3))]
+    frames[0].save(buffer, suffix, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def bomb():
+    """A PNG of 30,000 x 30,000 pixels in a few bytes."""
+    chunk = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    packed = b"IHDR" + chunk
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(chunk)) + packed + struct.pack(">I", zlib.crc32(packed))
+    return start + png("RGB", noise(4, 4, 3))[33:]
+
+
+def jpeg():
+    buffer = BytesIO()
+    Image.fromarray(noise(64, 64, 3)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def tiff(mode, array):
+    buffer = BytesIO()
+    Image.fromarray(array).save(buffer, "TIFF")
+    assert Image.open(BytesIO(buffer.getvalue())).mode == mode
+    return buffer.getvalue()
+
+
+UNREADABLE = {
+    "text": lambda: b"not an image",
+    "empty": lambda: b"",
+    "truncated png": lambda: png("RGB", noise(64, 64, 3))[:2000],
+    "truncated jpeg": lambda: jpeg()[:1000],
+    "damaged png": lambda: png("RGB", noise(64, 64, 3))[:40] + b"\0" * 200,
+    "animated gif": lambda: animation("GIF"),
+    "animated png": lambda: animation("PNG"),
+    "animated webp": lambda: animation("WEBP"),
+    "pages": lambda: animation("TIFF"),
+    "bomb": bomb,
+    "float tiff": lambda: tiff("F", noise(8, 8).astype(np.float32)),
+    "int32 tiff": lambda: tiff("I", noise(8, 8).astype(np.int32)),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_unreadable_images_are_named_and_skipped_or_refused(tmp_path, caplog, kind):
+    for index, name in enumerate("ace"):
+        write_image(tmp_path / f"{name}.png", index)
+    (tmp_path / "b.png").write_bytes(UNREADABLE[kind]())
+    batches = open_images(tmp_path, plain, batch_size=2)
+    for _ in range(2):
+        assert values(batches) == [0, 1, 2] and [len(batch) for batch in batches] == [2, 1]
+    (name,) = batches.skipped
+    assert name == str(tmp_path / "b.png") and "b.png: expected a readable image" in batches.skipped[name]
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 1 and messages[0].startswith("1 of 4 images skipped: image ")
+    with pytest.raises(DataError, match=r"image .*b\.png: expected a readable image; .+"):
+        list(open_images(tmp_path, plain, strict=True))
+    with pytest.raises(DataError, match=r"expected at least one that can be read; got 1 of 1 images skipped"):
+        list(open_images(tmp_path / "b.png", plain))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_mutated_pictures_raise_nothing_else(tmp_path):
+    """Whatever strangers put into a file: an image, or `DataError`."""
+    rng = np.random.default_rng(0)
+    sources = [png("RGB", noise(16, 16, 3)), jpeg(), animation("GIF"), animation("WEBP"), animation("TIFF")]
+    for _ in range(400):
+        content = bytearray(sources[rng.integers(len(sources))])
+        for _ in range(rng.integers(1, 8)):
+            content[rng.integers(len(content))] = rng.integers(256)
+        (tmp_path / "x.png").write_bytes(content[: rng.integers(1, len(content) + 1)])
+        with contextlib.suppress(DataError):
+            list(open_images(tmp_path, plain, strict=True))
+
+
+def test_16_bits_become_8(tmp_path):
+    """0, 1/4, 1/2, 3/4 and 1 of the range; Pillow's own conversion clips to 255."""
+    wide = np.array([[0, 0x4040, 0x8080, 0xBFBF, 0xFFFF]], np.uint16)
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    Image.fromarray(wide).save(tmp_path / "b.tif")
+    assert Image.open(tmp_path / "a.png").mode.startswith("I")
+    for name in ("a.png", "b.tif"):
+        seen = []
+        list(open_images(tmp_path / name, lambda images, seen=seen: seen.extend(images) or torch.zeros(1)))
+        assert np.asarray(seen[0]).tolist() == [[[v] * 3 for v in (0, 0x40, 0x80, 0xBF, 0xFF)]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_honoured(tmp_path, orientation):
+    """A camera stores the pixels of a turned picture and how to turn them back."""
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :8] = 255
+    turns = {
+        1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    stored = Image.fromarray(upright)
+    stored = stored if turns[orientation] is None else stored.transpose(turns[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    seen = []
+    list(open_images(tmp_path, lambda images: seen.extend(images) or torch.zeros(1)))
+    assert np.array_equal(np.asarray(seen[0]), upright)
+
+
+def test_a_single_picture(tmp_path):
+    write_image(tmp_path / "cat.jpg", 7)
+    write_image(tmp_path / "dog.png", 8)
+    (tmp_path / "no_suffix").write_bytes((tmp_path / "dog.png").read_bytes())
+    for name in ("dog.png", "no_suffix"):
+        batches = open_images(tmp_path / name, plain)
+        assert values(batches) == [8] and (batches.images, batches.labelled) == (1, False)
+    raw = (tmp_path / "dog.png").read_bytes()
+    write_parquet(tmp_path / "data.parquet", {"img": [raw]})
+    (tmp_path / "data.parquet").rename(tmp_path / "parquet_by_content")
+    assert values(open_images(tmp_path / "parquet_by_content", plain)) == [8]
+
+
+@pytest.mark.parametrize("column", ["strings", "paths"])
+def test_paths_in_parquet_files_are_never_opened(tmp_path, monkeypatch, column):
+    write_image(tmp_path / "secret.png", 9)
+    path = str(tmp_path / "secret.png")
+    monkeypatch.chdir(tmp_path)
+    columns = {"strings": [path, "secret.png"], "paths": [{"bytes": None, "path": path}] * 2}
+    if column == "strings":
+        write_parquet(tmp_path / "x.parquet", {"image": columns[column]})
+        with pytest.raises(DataError, match=r"expected encoded images .* in column image of .*; got string"):
+            open_images(tmp_path / "x.parquet", plain)
+        return
+    pa = pytest.importorskip("pyarrow")
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    write_parquet(tmp_path / "x.parquet", {"image": pa.array(columns[column], kind)})
+    with pytest.raises(DataError, match="expected an encoded image; got NoneType"):
+        list(open_images(tmp_path / "x.parquet", plain, strict=True))
 
 
 def test_parquet_errors(tmp_path):
@@ -201,10 +338,10 @@ def test_parquet_errors(tmp_path):
         open_images(tmp_path / "words.parquet", plain)
     write_parquet(tmp_path / "bad.parquet", {"img": [b"junk"]})
     with pytest.raises(DataError, match=r"bad\.parquet, row 0"):
-        list(open_images(tmp_path / "bad.parquet", plain))
+        list(open_images(tmp_path / "bad.parquet", plain, strict=True))
     write_parquet(tmp_path / "null.parquet", {"img": [None, b"x"]})
     with pytest.raises(DataError, match=r"null\.parquet, row 0"):
-        list(open_images(tmp_path / "null.parquet", plain))
+        list(open_images(tmp_path / "null.parquet", plain, strict=True))
 
 
 @pytest.mark.parametrize("option", [dict(batch_size=0), dict(limit=0), dict(limit=-3)])

@@ -40,11 +40,13 @@ LAYERS = (
     {"hf", "quantize", "sensitivity"},
     {"qat"},
     {"budget", "checkpoint", "export", "progressive"},
+    {"_public"},
     {"engines"},
     {"memory", "tuning", "profiling", "device_checks"},
     {"demo"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 )
 """Lowest first: a module may import those of lower layers and, inside a sub-package, its siblings."""
 

@@ -9,7 +9,7 @@ from torch import nn
 import vqvit
 from vqvit import low_bit
 from vqvit import numerics as nm
-from vqvit.checkpoint import WEIGHTS
+from vqvit.checkpoint import read_manifest, weights_of
 from vqvit.nn import QuantLinear
 
 SIZE_RATIO = {4: 7.7, 3: 10.1}
@@ -107,7 +107,7 @@ def test_checkpoint_round_trip(bits, tmp_path):
     images = torch.randn(2, 3, 16, 16)
     with torch.inference_mode():
         assert torch.equal(again(images).logits, model(images).logits)
-    stored = load_file(tmp_path / "ck" / WEIGHTS)
+    stored = load_file(weights_of(tmp_path / "ck", read_manifest(tmp_path / "ck")))
     saved = vqvit.load(vqvit.save(again, tmp_path / "again"))
     assert torch.equal(saved(images).logits, again(images).logits)
     assert any(t.dtype == torch.uint8 for t in stored.values())

@@ -48,7 +48,7 @@ BAD_PLANS = {
     "role": (edited(layers=[{**LAYER, "role": "mlp"}]), "role of x: expected one of"),
     "field": (edited(layers=[{**LAYER, "gamma": 1}]), r"plan, layers\[0\]: expected fields among .*; got \['gamma'\]"),
     "missing": (edited(layers=[{"name": "x"}]), r"\['role'\] missing"),
-    "beta": (edited(layers=[{**LAYER, "beta": "big"}]), "beta of x: expected a number; got 'big'"),
+    "beta": (edited(layers=[{**LAYER, "beta": "big"}]), "beta of x: expected a finite number; got 'big'"),
     "group_zero_point": (
         edited(layers=[{**LAYER, "tier": "int8_asym", "activation": "per_token_group"}]),
         "x: expected tier int8 or fp16 and delta 0 with per_token_group; got tier int8_asym",

@@ -5,6 +5,7 @@
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -71,7 +72,15 @@ class BuildError(RuntimeError):
 
 
 def compiler(library: Library) -> str:
-    """Path of the library's compiler: `$CXX` or g++; `$NVCC`, nvcc, or the one in $CUDA_HOME or /usr/local/cuda."""
+    """Path of the library's compiler, without arguments: see `compiler_command`."""
+    return compiler_command(library)[0]
+
+
+def compiler_command(library: Library) -> list[str]:
+    """How to call the library's compiler: `$CXX` or g++; `$NVCC`, nvcc, or the one in $CUDA_HOME or /usr/local/cuda.
+
+    A variable may hold arguments too, as in CXX="ccache g++". Raises `BuildError` if the program is not there.
+    """
     if library.compiler == "c++":
         names, missing = [os.environ.get("CXX") or "g++"], "C++ compiler {!r} not found (set CXX or install g++)"
     elif chosen := os.environ.get("NVCC"):
@@ -80,14 +89,24 @@ def compiler(library: Library) -> str:
         names = ["nvcc", f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc"]
         missing = "CUDA compiler {!r} not found (set NVCC or install the CUDA toolkit)"
     for name in names:
-        if path := shutil.which(name):
-            return path
+        if path := shutil.which(name):  # of a path with spaces too
+            return [path]
+        program, *arguments = _words(name)
+        if path := shutil.which(program):
+            return [path, *arguments]
     raise BuildError(missing.format(names[0]))
 
 
-def compiler_version(path: str) -> str:
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command) or [command]
+    except ValueError as error:
+        raise BuildError(f"compiler {command!r} cannot be understood: {error}") from error
+
+
+def compiler_version(library: Library) -> str:
     """What `--version` prints."""
-    return _run([path, "--version"])
+    return _run([*compiler_command(library), "--version"])
 
 
 def source_files(csrc: Path, library: Library) -> list[Path]:
@@ -106,7 +125,7 @@ def source_hash(csrc: Path, library: Library) -> str:
 
 def build(csrc: Path, library: Library, output: Path) -> None:
     """Compile a library to `output`, which appears complete or not at all. Raises `BuildError`."""
-    program, sources = compiler(library), source_files(csrc, library)
+    program, sources = compiler_command(library), source_files(csrc, library)
     if not sources:
         raise BuildError(f"no sources in {csrc / library.device}")
     flags = [*library.flags, f"-I{csrc}", f"-I{csrc / library.device}"]
@@ -117,12 +136,12 @@ def build(csrc: Path, library: Library, output: Path) -> None:
 
         def compile_one(source: Path, target: Path) -> None:
             language = ["-x", "c++"] if library.compiler == "c++" else []
-            _run([program, *flags, *language, "-c", str(source), "-o", str(target)])
+            _run([*program, *flags, *language, "-c", str(source), "-o", str(target)])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, sources, objects))
         linked = Path(folder, output.name)
-        _run([program, *map(str, objects), *library.link, "-o", str(linked)])
+        _run([*program, *map(str, objects), *library.link, "-o", str(linked)])
         linked.replace(output)
 
 

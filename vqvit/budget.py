@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vqvit.evaluate import evaluate
+from vqvit.batches import Batches, read_batch
+from vqvit.evaluate import eval_mode, evaluate, forward, pick_output
 from vqvit.plan import TIERS, Plan, PlanError
 from vqvit.quantize import quantize_
 from vqvit.sensitivity import LayerScore, Sensitivity
+from vqvit.sensitivity.targets import find_targets
 
 LOW_QUANTILE, HIGH_QUANTILE = 0.6, 0.9
 """Shares of layers up to which they stay int8, and int8_asym."""
@@ -94,11 +96,38 @@ def by_bytes(plan: Plan, sensitivity: Sensitivity, limit: int) -> Plan:
 
     Raises `BudgetError` if the plan itself does not fit, `PlanError` for layers that were not scored.
     """
-    if (least := layer_bytes(plan, sensitivity)) > limit:
-        raise BudgetError(f"budget: expected at least {least:,} bytes, which the plan's layers take; got {limit:,}")
+    least = layer_bytes(plan, sensitivity)
+    require_bytes(least, limit)
     for promotion in _promotions(plan, sensitivity, limit - least):
         plan = with_tiers(plan, {promotion.name: promotion.tier})
     return plan
+
+
+def require_bytes(least: int, limit: int) -> None:
+    """Raise `BudgetError` if a plan whose layers take `least` bytes does not fit in `limit`."""
+    if least > limit:
+        raise BudgetError(f"budget: expected at least {least:,} bytes, which the plan's layers take; got {limit:,}")
+
+
+def least_bytes(model: nn.Module, plan: Plan) -> int:
+    """`layer_bytes` of the plan's own tiers, from the float `model` alone. Raises `PlanError` if it does not fit."""
+    half = getattr(torch, plan.half_dtype)
+    modules = (target.quantized(target.plan.tier, half) for target in find_targets(model, plan))
+    return sum(tensor.nbytes for module in modules for tensor in module.state_dict().values())
+
+
+def require_metric(model: nn.Module, batches: Iterable, metric: str) -> None:
+    """Raise `ValueError` if the loss `metric` of `LOSSES` cannot be measured with this model and the first batch."""
+    batch = next((read_batch(batch) for batch in batches), None)
+    if batch is None or metric == "feature_error":
+        return
+    with eval_mode(model), torch.no_grad():
+        logits = pick_output(forward(model, batch))[1]
+    if not logits or (metric == "top1" and batch.labels is None):
+        raise ValueError(_NO_METRIC.format(metric, "labels and " * (metric == "top1")))
+
+
+_NO_METRIC = "loss {}: expected {}logits; there are none"
 
 
 def by_accuracy(plan: Plan, sensitivity: Sensitivity, limit: float, measure: Callable[[Plan], float]) -> Verified:
@@ -145,7 +174,7 @@ def integer_loss(
     """
     if metric not in LOSSES:
         raise PlanError(f"loss: expected one of {', '.join(LOSSES)}; got {metric!r}")
-    batches, calibration = list(batches), None if calibration is None else list(calibration)
+    batches, calibration = Batches(batches), None if calibration is None else Batches(calibration)
 
     def loss(plan: Plan) -> float:
         quantized = copy.deepcopy(model)
@@ -157,7 +186,7 @@ def integer_loss(
             "feature_error": 10 ** (-found.sqnr_db / 10),
         }[metric]
         if value is None:
-            raise ValueError(f"loss {metric}: expected {'labels and ' * (metric == 'top1')}logits; there are none")
+            raise ValueError(_NO_METRIC.format(metric, "labels and " * (metric == "top1")))
         return value
 
     return loss

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import struct
 import threading
 import time
 from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from vqvit import _build, cpus, layouts
 from vqvit._build import CPU, CUDA, CUDA_TWIN, Library
+from vqvit.files import sha256, write_file
 
 logger = logging.getLogger("vqvit")
 
@@ -247,16 +249,23 @@ def cache_directory() -> Path:
 
 def cached_library(csrc: Path, library: Library) -> Path:
     """The library of these sources, flags and compiler in the cache, built if it is not there."""
-    version = _build.compiler_version(_build.compiler(library))
+    version = _build.compiler_version(library)
     key = hashlib.sha256(f"{_build.source_hash(csrc, library)} {version}".encode()).hexdigest()[:16]
     path = cache_directory() / key / library.file
-    if not path.is_file():
+    digest = cache_directory() / f"{key}.sha256"
+    if not _is_whole(path, digest):
         level = logging.WARNING if library.compiler == "nvcc" else logging.INFO  # minutes, or seconds
         logger.log(level, "compiling %s into %s, once", csrc / library.device, path)
         start = time.perf_counter()
         _build.build(csrc, library, path)
+        write_file(digest, sha256(path) + "\n")
         logger.info("compiled in %.1f s", time.perf_counter() - start)
     return path
+
+
+def _is_whole(path: Path, digest: Path) -> bool:
+    """Whether the cached library is what was compiled: opening one that was cut off would end the process."""
+    return path.is_file() and digest.is_file() and digest.read_text().strip() == sha256(path)
 
 
 def _ready(library: Library) -> list[Path]:
@@ -268,6 +277,9 @@ def _ready(library: Library) -> list[Path]:
 def _load(library: Library) -> ctypes.CDLL:
     csrc = csrc_directory()
     for path in filter(Path.is_file, _ready(library)):
+        if _is_cut_off(path):
+            logger.info("%s is cut off", path)
+            continue
         try:
             opened = _open(path)
         except OSError as error:
@@ -289,6 +301,16 @@ def _hashes(csrc: Path, library: Library) -> set[str]:
     """Of the sources at hand: a CUDA library may be for all parts, or for the one at hand alone."""
     wanted = [library] + ([_build.cuda_library((_cuda_arch(),))] if library is CUDA else [])
     return {_build.source_hash(csrc, each) for each in wanted}
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a 64-bit ELF file ends before its section headers, which come last; False for what is none."""
+    with open(path, "rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return len(header) < 64
+    offset, size, count = *struct.unpack_from("<Q", header, 40), *struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < offset + size * count
 
 
 def _cuda_arch() -> str:
@@ -352,14 +374,14 @@ def cpu_peak(threads: int, rounds: int = 1 << 22) -> float:
 
 
 def run(function, *args) -> None:
-    """Call a function of a library. Raises `RuntimeError` with the reason if its status is not VQVIT_OK, `MemoryError`
-    if it had no memory to work in.
+    """Call a function of a library. Raises `RuntimeError` with the reason if its status is not VQVIT_OK; `MemoryError`
+    if there is no room for its scratch.
     """
     status = function(*args)
     if status != 0:
         reason = STATUS.get(status, str(status))
         if reason == "out of memory":
-            raise MemoryError(f"{function.__name__}: {reason}")
+            raise MemoryError(f"{function.__name__}: expected room for its scratch; there is not enough memory")
         if reason == "CUDA":
             reason = _text(cuda(), "cuda", "last_error")
         raise RuntimeError(f"{function.__name__}: {reason}")

@@ -6,6 +6,7 @@ from a model and a `QuantConfig`, and applies it.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -141,8 +142,8 @@ class LayerPlan:
         read_observer(f"observer of {self.name}", self.observer)
         for option in ("beta", "delta", "mu"):
             value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise PlanError(f"{option} of {self.name}: expected a number; got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise PlanError(f"{option} of {self.name}: expected a finite number; got {value!r}")
         if self.bits < 8 and (self.tier == "int8_asym" or not self.per_channel):
             received = f"tier {self.tier}, per_channel {self.per_channel}"
             raise PlanError(f"{self.name}: expected tier int8 and per_channel with {self.bits} bits; got {received}")
@@ -379,12 +380,15 @@ class QuantConfig:
         return _last_match(self.bits_exceptions, name, role, self.bits)
 
     @staticmethod
-    def vqvit(calibrated: bool = True) -> "QuantConfig":
+    def vqvit(calibrated: bool = True, **options) -> "QuantConfig":
         """W8A8 at its most accurate: scales for each 128 columns of a token behind GELU and attention, and with
-        calibration data error-aware rounding and measured equalisers.
+        calibration data error-aware rounding and measured equalisers. `options`: fields over these, such as bits=4.
+
+        Raises `PlanError` for an unknown field or value.
         """
         grouped = {"attn_out": "per_token_group", "fc2": "per_token_group"}
-        return QuantConfig(activations=grouped, rounding="error_aware" if calibrated else "nearest")
+        preset = {"activations": grouped, "rounding": "error_aware" if calibrated else "nearest"}
+        return QuantConfig.from_dict({**preset, **options})
 
     @staticmethod
     def from_dict(fields: dict) -> "QuantConfig":

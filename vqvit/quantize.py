@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from vqvit import guard, shortcut
-from vqvit.batches import Batch, read_batch
+from vqvit.batches import Batch, Batches, read_batch
 from vqvit.calibration import (
     CalibrationError,
     calibrate_activations,
@@ -15,7 +16,7 @@ from vqvit.calibration import (
     observed_heads,
     patch_factors,
 )
-from vqvit.plan import Plan, QuantConfig
+from vqvit.plan import Plan, PlanError, QuantConfig
 from vqvit.reconstruction import NotReached, reconstruct_
 from vqvit.rewriter import Report, apply_plan, make_plan, release_float, restore
 
@@ -40,8 +41,9 @@ def quantize_(
     Args:
         model: a float Vision Transformer (Hugging Face, timm or any `nn.Module`), on the device it will run on.
         config: what to do (`QuantConfig`), or exactly what to do (`Plan`); default W8A8, int8 attention.
-        calibration: batches of model inputs: a tensor, a dict of model inputs, or (inputs, labels). Needed for
-            `activation="static"`, `attention_scales="static"` and `factorize_patches=True`, and then of at least
+        calibration: batches of model inputs: a tensor, a dict of model inputs, or a list or tuple that begins with
+            one, as a `DataLoader` yields them; read anew in each pass and not kept (`vqvit.batches.Batches`). Needed
+            for `activation="static"`, `attention_scales="static"` and `factorize_patches=True`, and then of at least
             `MIN_IMAGES` images, and for `rounding="error_aware"`; with `rounding="auto"`, and with a `Plan`, weights
             are rounded by their output error where it is given (`vqvit.reconstruction`).
         progress: show a progress bar on stderr.
@@ -58,6 +60,7 @@ def quantize_(
     Raises `PlanError` if the plan does not fit, `CalibrationError` for unusable data, `ValueError` for weights that
     hold NaN or exceed the accumulator bound. After an error the model is unchanged.
     """
+    _refuse_double(model)
     served = _read_sample(min_speedup, sample)
     config = config or QuantConfig()
     plan, skipped = (config, ()) if isinstance(config, Plan) else make_plan(model, config)
@@ -99,6 +102,15 @@ def quantize_(
     return Report((*(r for r in reports if r.name in kept), *slower, *skipped), plan, cls_only)
 
 
+def _refuse_double(model: nn.Module) -> None:
+    """No kernel computes with fp64 beside its codes, and the first call would fail."""
+    if name := next((name for name, p in model.named_parameters() if p.dtype == torch.float64), None):
+        raise PlanError(
+            f"{type(model).__name__}: expected a model in float32, bfloat16 or float16; got float64 ({name}): call "
+            "model.float() first"
+        )
+
+
 def _read_sample(min_speedup: float | None, sample: object) -> Batch | None:
     if (min_speedup is None) != (sample is None):
         missing = "sample" if sample is None else "min_speedup"
@@ -110,7 +122,7 @@ def _read_sample(min_speedup: float | None, sample: object) -> Batch | None:
     return read_batch(sample)
 
 
-def _read_calibration(calibration: Iterable | None, needed: dict[str, list[str]]) -> list[Batch]:
+def _read_calibration(calibration: Iterable | None, needed: dict[str, list[str]]) -> Batches:
     for kind, names in needed.items():
         if calibration is None and names:
             raise CalibrationError(
@@ -118,14 +130,14 @@ def _read_calibration(calibration: Iterable | None, needed: dict[str, list[str]]
                 f"({names[0]}, ...); got calibration=None"
             )
     if calibration is None:
-        return []
+        return Batches([])
     try:
-        batches = [read_batch(batch) for batch in calibration]
+        batches = Batches(calibration)
     except (TypeError, ValueError) as error:
         raise CalibrationError(f"calibration: {error}") from error
     if not batches:
         raise CalibrationError("calibration: expected at least one batch; got none")
-    images = sum(len(batch.images) for batch in batches)
-    if any(needed.values()) and images < MIN_IMAGES:
-        raise CalibrationError(f"calibration: expected at least {MIN_IMAGES} images for static scales; got {images}")
+    if any(needed.values()) and batches.images < MIN_IMAGES:
+        expected = f"expected at least {MIN_IMAGES} images for static scales"
+        raise CalibrationError(f"calibration: {expected}; got {batches.images}")
     return batches

@@ -4,11 +4,11 @@ Two streams of hidden states run through the model: the float model's, and the i
 in its final form. Where they reach a layer, the second moments of its two inputs (`vqvit.rounding.Moments`) say which
 codes serve it best: they also make up for what earlier layers and the rounding of its input did.
 
-Blocks that follow each other directly are walked on kept hidden states, (images, tokens, channels) for each batch and
-stream; anything else is reached by running both models up to it.
+Blocks that follow each other directly are walked on stored hidden states, (images, tokens, channels) for each batch and
+stream, which lie in a temporary file; anything else is reached by running both models up to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vqvit import families
-from vqvit.batches import Batch
+from vqvit.batches import Batch, TensorFile
 from vqvit.guard import float_skeleton
 from vqvit.nn import EncoderBlock, QuantLinear, QuantPatchEmbed
 from vqvit.nn.block import ROLES, equalizer, float_linears, norm_reach
@@ -48,6 +48,19 @@ class Pair:
     integer: Tensor
 
 
+class Pairs:
+    """The pairs of all batches, outside of memory: 1.2 MB an image of ViT-B."""
+
+    def __init__(self, pairs: Iterable[Pair] = ()):
+        self._file = TensorFile((pair.float, pair.integer) for pair in pairs)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return (Pair(*row) for row in self._file)
+
+
 class _Arrived(Exception):  # noqa: N818  (ends a forward pass where nobody needs its rest)
     def __init__(self, value: Tensor):
         self.value = value
@@ -61,31 +74,32 @@ class _Capture:
 
 
 @torch.no_grad()  # not inference_mode: what is assigned must serve as parameters again, for `restore`
-def reconstruct_(model: nn.Module, batches: list[Batch], progress: bool = False) -> None:
+def reconstruct_(model: nn.Module, batches: Iterable[Batch], progress: bool = False) -> None:
     """Choose equalisers and codes of all int8 layers of a quantized model, in place, by calibration data.
 
     Args:
         model: a quantized model that still holds its float modules (`vqvit.rewriter.apply_plan`).
-        batches: model inputs; some thousand tokens are enough, as long as they are several times a layer's width. Of
-            two batches or more every other one is held out where the data could be overfitted.
+        batches: model inputs, read anew for each module that is reached by running the model; some thousand tokens are
+            enough, as long as they are several times a layer's width. Of two batches or more every other one is held
+            out where the data could be overfitted.
         progress: show a progress bar on stderr.
 
     Layers in tier fp16, and layers that the model does not run, stay as they are. Raises `NotReached` for one that runs
     on some batches only; after an error some layers have changed.
     """
     device = next(model.buffers()).device
-    batches = [batch.to(device) for batch in batches]
     reference = float_skeleton(model).eval()
-    order, follows = _order(model, batches[0])
-    pairs: list[Pair] = []
+    order, follows = _order(model, next(iter(batches)).to(device))
+    pairs = Pairs()
     modules = dict(quantized_modules(model))
     for name in tqdm(order, desc="rounding", unit="module", disable=not progress):
         module = modules[name]
         if name not in follows:
-            pairs = [
+            placed = (batch.to(device) for batch in batches)
+            pairs = Pairs(
                 Pair(_input_of(reference, module.original[0], batch, name), _input_of(model, module, batch, name))
-                for batch in batches
-            ]
+                for batch in placed
+            )
         if isinstance(module, EncoderBlock):
             pairs = _reconstruct_block(module, pairs)
         elif _is_rounded(module):
@@ -155,7 +169,7 @@ def _is_rounded(layer: QuantModule) -> bool:
     return isinstance(layer, QuantLinear) and layer.plan.compensation == "none"
 
 
-def _reconstruct_layer(layer: QuantLinear, pairs: list[Pair]) -> None:
+def _reconstruct_layer(layer: QuantLinear, pairs: Pairs) -> None:
     """A plain layer or a patch embedding."""
     original = layer.original[0]
     moments = _halves(layer)
@@ -193,7 +207,7 @@ def _equalizer(layer: QuantLinear) -> Tensor | None:
     return layer.equalizer if isinstance(layer, QuantPatchEmbed) else None
 
 
-def _reconstruct_block(block: EncoderBlock, pairs: list[Pair]) -> list[Pair]:
+def _reconstruct_block(block: EncoderBlock, pairs: Pairs) -> Pairs:
     """All four linears in their order; returns what both blocks make of the inputs."""
     original = block.original[0]
     parts = families.probe(original)
@@ -213,7 +227,7 @@ def _reconstruct_block(block: EncoderBlock, pairs: list[Pair]) -> list[Pair]:
             x_hat, x = _thinned((integer, x.reshape(integer.shape).float()), len(pairs))
             moments[i % 2].add(layer.seen_input(x_hat), x if c is None else x / c)
         _assign(layer, weight if c is None else weight.float() * c, bias, moments)
-    return [Pair(_hidden(original(pair.float)), _hidden(block(pair.integer))) for pair in pairs]
+    return Pairs(Pair(_hidden(original(pair.float)), _hidden(block(pair.integer))) for pair in pairs)
 
 
 def _assign(layer: QuantLinear, weight: Tensor, bias: Tensor | None, moments: tuple[Moments, Moments]) -> None:
@@ -226,7 +240,7 @@ def _assign(layer: QuantLinear, weight: Tensor, bias: Tensor | None, moments: tu
     layer.assign_(chosen.codes, chosen.scale, corrected, chosen.multipliers)
 
 
-def _equalize(block: EncoderBlock, role: str, parts: families.BlockParts, weight: Tensor, pairs: list[Pair]):
+def _equalize(block: EncoderBlock, role: str, parts: families.BlockParts, weight: Tensor, pairs: Pairs):
     """Fold the equaliser with the least measured output error into what precedes `role`; c (K,), or None for none.
 
     Candidates for qkv and fc1: none, from the LayerNorm alone, and from the calibration ranges; for attn_out none and
@@ -277,7 +291,7 @@ def _fold_into_v(qkv: QuantLinear, c: Tensor) -> None:
     qkv.assign_(qkv.plain_codes(), scale, bias)
 
 
-def _sample(block: EncoderBlock, layer: QuantLinear, pairs: list[Pair]) -> Tensor:
+def _sample(block: EncoderBlock, layer: QuantLinear, pairs: Pairs) -> Tensor:
     """Up to `SAMPLE_ROWS` inputs of the integer layer, at even steps through the calibration tokens; fp32 (T, K)."""
     rows = []
     for pair in pairs:

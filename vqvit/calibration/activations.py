@@ -1,12 +1,13 @@
 """Static activation scales from data: each layer's range as its observer chooses it (numerics §3)."""
 
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from vqvit.batches import Batch
+from vqvit.batches import Batch, Batches
 from vqvit.calibration.observers import CalibrationError, MaxObserver, Ranges, make_observer
 from vqvit.calibration.state import CalibrationState, Fingerprint
 from vqvit.nn import QuantLinear
@@ -21,7 +22,7 @@ def calibrate_activations(
     model: nn.Module,
     plan: Plan,
     names: list[str],
-    batches: list[Batch],
+    batches: Batches,
     progress: bool,
     state_file: str | Path | None,
     seed: int,
@@ -35,6 +36,8 @@ def calibrate_activations(
     """
     if not names:
         return
+    if state_file is not None and Path(state_file).exists() and not Path(state_file).is_file():
+        raise CalibrationError(f"calibration state: expected a file, or a name for a new one; {state_file} is none")
     layers: dict[str, QuantLinear] = {name: model.get_submodule(name) for name in names}
     observers = {name: make_observer(name, layer.plan.observer, seed) for name, layer in layers.items()}
     fingerprint = Fingerprint.of(model, plan, batches, seed) if state_file else None
@@ -42,7 +45,8 @@ def calibrate_activations(
     try:
         for name, layer in layers.items():
             layer.observer = observers[name]
-        bar = tqdm(batches[done:], "calibrating", len(batches), initial=done, unit="batch", disable=not progress)
+        rest = islice(batches, done, None)
+        bar = tqdm(rest, "calibrating", len(batches), initial=done, unit="batch", disable=not progress)
         for index, batch in enumerate(bar, done):
             _observe(model, batch, index)
             if fingerprint is not None and (index + 1) % STATE_EVERY == 0:

@@ -13,7 +13,8 @@ the data; all state is in tensors that `state` hands out and `load` takes back, 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -73,7 +74,10 @@ class Ranges:
     def from_json(text: str) -> "Ranges":
         """Parse `to_json`'s text. Raises `CalibrationError` for anything else."""
         try:
-            return Ranges({name: LayerRange(**fields) for name, fields in json.loads(text).items()})
+            ranges = Ranges({name: LayerRange(**fields) for name, fields in json.loads(text).items()})
+            if infinite := [n for n, r in ranges.layers.items() if not all(map(math.isfinite, astuple(r)[1:]))]:
+                raise CalibrationError(f"ranges: expected finite numbers; got others for {', '.join(infinite)}")
+            return ranges
         except (json.JSONDecodeError, AttributeError, TypeError) as error:
             raise CalibrationError(f"ranges: expected a JSON object of layer ranges; got another: {error}") from error
 

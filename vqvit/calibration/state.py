@@ -6,17 +6,17 @@ one of another model, plan or data refuses it.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from vqvit.batches import Batch
+from vqvit import files
+from vqvit.batches import Batches
 from vqvit.calibration.observers import CalibrationError, MaxObserver
 from vqvit.plan import Plan
 
@@ -37,14 +37,14 @@ class Fingerprint:
     seed: int
 
     @staticmethod
-    def of(model: nn.Module, plan: Plan, batches: list[Batch], seed: int) -> "Fingerprint":
+    def of(model: nn.Module, plan: Plan, batches: Batches, seed: int) -> "Fingerprint":
         tensors = (tensor for batch in batches for tensor in (*batch.args, *batch.kwargs.values()))
         return Fingerprint(
             _digest(model.state_dict().values()),
             hashlib.sha256(plan.to_json().encode()).hexdigest(),
             _digest(tensors),
             len(batches),
-            sum(len(batch.images) for batch in batches),
+            batches.images,
             seed,
         )
 
@@ -62,19 +62,12 @@ class CalibrationState:
         return CalibrationState(fingerprint, done, {name: o.state() for name, o in observers.items()})
 
     def save(self, path: str | Path) -> None:
-        """Replace the file at `path`, all of it or nothing."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Replace the file at `path`, all of it or nothing; a link is followed."""
         tensors = {
             f"{n}{SEPARATOR}{f}": t.contiguous() for n, state in self.observers.items() for f, t in state.items()
         }
         metadata = {"format": FORMAT, "done": str(self.done), "fingerprint": json.dumps(asdict(self.fingerprint))}
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write_file(path, save(tensors, metadata=metadata))
 
     @staticmethod
     def load(path: str | Path, expected: Fingerprint) -> "CalibrationState":

@@ -14,26 +14,30 @@ from pathlib import Path
 
 from vqvit.commands import common
 
+SECONDS = 10.0
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL")
     parser.add_argument("--arch", help="vit-ti, deit-s, dinov2-s, vit-b16 (default) or vit-l16")
     parser.add_argument("--batch", type=common.int_list, default=[1, 8], metavar="1,8", help="batch sizes")
     parser.add_argument("--image-size", type=common.positive_int, metavar="S", help="default: the configuration's")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time for each batch size")
+    parser.add_argument("--seconds", type=float, help=f"time for each batch size (default: {SECONDS:g})")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in a new process per engine")
     parser.add_argument("--profile", action="store_true", help="time each op of one engine at the first batch size")
-    parser.add_argument("--engine", default="w8a8", help="of --profile: fp32, bf16 or w8a8 (default)")
+    parser.add_argument("--engine", help="of --profile: fp32, bf16 or w8a8 (default)")
     common.add_device_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict:
-
     from vqvit import engines, provenance
     from vqvit.timing import interleaved
 
     if arguments.model and arguments.arch:
         raise ValueError("bench: expected a MODEL folder or --arch; got both")
+    if arguments.model:
+        common.require_kind("MODEL", arguments.model, "float", "checkpoint")
+    common.require_with(arguments, "--engine", "--profile")
     device = common.use_device(arguments)
     if arguments.profile:
         return _profile(arguments, device)
@@ -42,7 +46,7 @@ def run(arguments: argparse.Namespace) -> dict:
     rows = []
     for batch in arguments.batch:
         calls = {engine: engines.timed_call(model, images[:batch]) for engine, model in models.items()}
-        latency = interleaved(calls, arguments.seconds, device, f"batch {batch}")
+        latency = interleaved(calls, arguments.seconds or SECONDS, device, f"batch {batch}")
         for engine, measured in latency.items():
             speedup = latency["fp32"].median_ms / measured.median_ms
             rows.append({"engine": engine, "batch": batch, **measured.to_dict(), "speedup": speedup})
@@ -111,19 +115,22 @@ def _profile(arguments: argparse.Namespace, device) -> dict:
         raise ValueError(f"--profile: expected --device cpu, whose clock times each op; got {device}")
     if arguments.memory:
         raise ValueError("--profile: expected no --memory beside it; got both")
-    if arguments.engine not in engines.ENGINES:
-        raise ValueError(f"--engine: expected one of {', '.join(engines.ENGINES)}; got {arguments.engine!r}")
+    if arguments.seconds is not None:
+        raise ValueError("--profile: expected no --seconds beside it; got both")
+    engine = arguments.engine or "w8a8"
+    if engine not in engines.ENGINES:
+        raise ValueError(f"--engine: expected one of {', '.join(engines.ENGINES)}; got {engine!r}")
     name, models = _engines(arguments, device)
     batch = arguments.batch[0]
     images = common.random_images(models["fp32"], name, batch, arguments.image_size)
-    dtypes = {"fp32": [torch.float32], "bf16": [torch.bfloat16], "w8a8": [torch.float32]}[arguments.engine]
+    dtypes = {"fp32": [torch.float32], "bf16": [torch.bfloat16], "w8a8": [torch.float32]}[engine]
     common.say("measuring peaks")
     peaks = profiling.measure_peaks(dtypes)
-    common.say(f"profiling {arguments.engine} at batch {batch}")
-    profile = profiling.profile(engines.timed_call(models[arguments.engine], images), peaks)
+    common.say(f"profiling {engine} at batch {batch}")
+    profile = profiling.profile(engines.timed_call(models[engine], images), peaks)
     return {
         "model": name,
-        "engine": arguments.engine,
+        "engine": engine,
         "batch": batch,
         "image_size": images.shape[-1],
         "profile": dataclasses.asdict(profile),

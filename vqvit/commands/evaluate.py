@@ -21,21 +21,32 @@ def run(arguments: argparse.Namespace) -> dict:
     from vqvit import engines
     from vqvit.evaluate import evaluate
 
+    common.require_kind("MODEL", arguments.model, "float", "checkpoint")
+    if arguments.reference:
+        common.require_kind("--reference", arguments.reference, "float", "checkpoint")
     device = common.use_device(arguments)
     model = engines.open_model(arguments.model, device)
     reference = arguments.reference and engines.open_model(arguments.reference, device)
     batches = common.open_data(arguments.data, model, arguments.model, arguments)
-    if arguments.no_labels:
-        batches = _Unlabelled(batches)
-    scores = evaluate(model, batches, reference or None, progress=True)
-    return {"model": arguments.model, "reference": arguments.reference, "data": arguments.data, **scores.to_dict()}
+    read = _Unlabelled(batches) if arguments.no_labels else batches
+    scores = evaluate(model, read, reference or None, progress=True)
+    return {
+        "model": arguments.model,
+        "reference": arguments.reference,
+        "data": arguments.data,
+        "input": str(getattr(batches, "transform", "as it is")),
+        "skipped": common.skipped(batches),
+        **scores.to_dict(),
+    }
 
 
 def to_text(result: dict) -> str:
     from vqvit.report import text_table
 
     measured = [(label, result[key], spec) for key, label, spec in common.EVALUATION_FIELDS if result[key] is not None]
-    return text_table([result["model"], ""], [[label, format(value, spec)] for label, value, spec in measured])
+    rows = [[label, format(value, spec)] for label, value, spec in measured]
+    rows += [["images skipped", str(len(result["skipped"]))]] if result["skipped"] else []
+    return text_table([result["model"], ""], rows) + f"\nInput: {result['input']}"
 
 
 class _Unlabelled:

@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> dict:
     from vqvit.export import export
     from vqvit.serving.program import read
 
+    common.require_kind("MODEL", arguments.model, "checkpoint")
     common.require_writable_folder(arguments.output)
     model = checkpoint.load(arguments.model)
     export(model, arguments.output, common.random_images(model, arguments.model, 2, arguments.image_size))

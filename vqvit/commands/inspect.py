@@ -10,9 +10,11 @@ import json
 import struct
 from pathlib import Path
 
-KINDS = ("int8 codes", "scales", "zero points and sums", "float")
+from vqvit.commands import common
 
-SCALES = ("scale", "input_scale")
+KINDS = ("int8 codes", "codes of 4 and 3 bits", "scales", "zero points and sums", "float")
+
+SCALES = ("scale", "input_scale", "residual_scale", "multipliers", "q_scale", "k_scale", "v_scale")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,21 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    from vqvit import engines
+    from vqvit import checkpoint, engines
 
     folder = Path(arguments.model)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"model: expected a folder; there is no folder {folder}")
-    quantized = engines.is_quantized_folder(folder)
-    weights = sorted(folder.glob("*.safetensors"))
+    quantized = common.require_kind("MODEL", folder, "float", "checkpoint") == "checkpoint"
+    if quantized:
+        weights = [checkpoint.weights_of(folder, checkpoint.read_manifest(folder))]
+    else:
+        weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise FileNotFoundError(f"{folder}: expected weights in safetensors files; got none")
     sizes = dict.fromkeys(KINDS, 0)
     for path in weights:
         for name, tensor in _header(path).items():
-            sizes[_kind(name, tensor["dtype"])] += _bytes(tensor)
+            sizes[_kind(name, tensor["dtype"]) if quantized else "float"] += _bytes(tensor)
     described = _plan_of_checkpoint(folder) if quantized else _plan_for(folder)
-    total = engines.folder_bytes(folder)
+    total = checkpoint.stored_bytes(folder) if quantized else engines.folder_bytes(folder)
     return {
         "model": str(folder),
         "quantized": quantized,
@@ -48,7 +51,7 @@ def run(arguments: argparse.Namespace) -> dict:
 def to_text(result: dict) -> str:
     from vqvit.report import text_table
 
-    layers = [[p["name"], p["role"], p["tier"], p["activation"], p.get("reason", "")] for p in result["layers"]]
+    layers = [[p["name"], p["role"], _tier(p), p["activation"], p.get("reason", "")] for p in result["layers"]]
     sizes = [
         *result["bytes"].items(),
         ("headers, plan, configuration", result["other_bytes"]),
@@ -64,6 +67,11 @@ def to_text(result: dict) -> str:
             text_table(["content", "bytes", "share"], [[k, f"{v:,}", f"{100 * v / total:.2f} %"] for k, v in sizes]),
         ]
     )
+
+
+def _tier(layer: dict) -> str:
+    bits = layer.get("bits", 8)
+    return f"{layer['tier']}, {bits} bits" if bits < 8 and layer["tier"] == "int8" else layer["tier"]
 
 
 def _plan_of_checkpoint(folder: Path) -> dict:
@@ -111,6 +119,8 @@ def _kind(name: str, dtype: str) -> str:
     leaf = name.rsplit(".", 1)[-1]
     if dtype == "I8":
         return "int8 codes"
+    if dtype == "U8" and leaf == "codes":
+        return "codes of 4 and 3 bits"
     if leaf in SCALES:
         return "scales"
     return "zero points and sums" if dtype == "I32" else "float"

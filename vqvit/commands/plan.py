@@ -10,6 +10,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from vqvit.commands import common
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("diff", "check"))
@@ -23,6 +25,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if arguments.action == "diff":
         changes = plan.diff(read_plan(arguments.other))
         return {**result, "changes": [dataclasses.asdict(change) for change in changes]}
+    common.require_kind("B", arguments.other, "float")
     from vqvit import hf
     from vqvit.rewriter import apply_plan
 

@@ -38,7 +38,7 @@ def require_consistent(arguments: argparse.Namespace) -> None:
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')}: expected --progressive with it; it is missing")
         return
-    for name in ("calibration", "min_speedup", "tiers_by"):
+    for name in ("calibration", "calibration_state", "min_speedup", "tiers_by", "scores", "sensitivity_data"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--progressive: expected no --{name.replace('_', '-')}; --data serves for everything")
     if arguments.data is None:

@@ -8,7 +8,6 @@ without them of labels drawn from the model's own softmax, or of random products
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from vqvit.commands import common
@@ -45,9 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    from vqvit import engines, report, sensitivity
+    from vqvit import engines, files, report, sensitivity
     from vqvit.plan import Plan
 
+    common.require_kind("MODEL", arguments.model, "float")
     device = common.use_device(arguments)
     if arguments.output:
         common.require_writable_folder(arguments.output)
@@ -56,12 +56,10 @@ def run(arguments: argparse.Namespace) -> dict:
     batches = common.open_data(arguments.data, model, arguments.model, arguments)
     tiers = () if arguments.damage == "none" else tuple(arguments.damage.split(","))
     scores = sensitivity.measure(model, batches, plan, arguments.objective, tiers, arguments.seed, progress=True)
-    result = describe(scores, arguments.model, arguments.data)
+    result = {**describe(scores, arguments.model, arguments.data), "skipped": common.skipped(batches)}
     if arguments.output:
         report.write(document(result, device), arguments.output)
-        path = Path(arguments.output) / SCORES
-        scores.save(path.with_name(f".{SCORES}.part"))
-        os.replace(path.with_name(f".{SCORES}.part"), path)
+        files.write_file(Path(arguments.output) / SCORES, scores.to_json() + "\n")
     return result
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +50,11 @@ def require_usable(arguments: argparse.Namespace) -> None:
     from vqvit.plan import PlanError
 
     if arguments.save_plan:
-        common.require_writable_folder(Path(arguments.save_plan).absolute().parent)
-        if Path(arguments.save_plan).is_dir():
-            raise IsADirectoryError(f"--save-plan: expected a file; {arguments.save_plan} is a folder")
+        path = Path(arguments.save_plan)
+        if path.is_dir():
+            raise IsADirectoryError(f"--save-plan: expected a file; {path} is a folder")
+        if not path.exists() or path.is_file():
+            common.require_writable_folder(path.absolute().parent)
     if arguments.tiers_by is None:
         if arguments.scores or arguments.sensitivity_data:
             raise PlanError("--scores, --sensitivity-data: expected --tiers-by with them; got none")
@@ -100,6 +101,7 @@ def choose(model, config, calibration: Iterable | None, arguments: argparse.Name
     request = read_request(arguments.tiers_by)
     plan = config if isinstance(config, Plan) else make_plan(model, config)[0]
     scoring, checking = _data(model, calibration, request, arguments)
+    _require_possible(model, plan, request, checking)
     if arguments.scores:
         scores = Sensitivity.load(arguments.scores)
     else:
@@ -125,28 +127,40 @@ def choose(model, config, calibration: Iterable | None, arguments: argparse.Name
 
 
 def save_plan(plan, path: str | Path) -> None:
-    """Write a plan file, all of it or nothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    plan.save(temporary)
-    os.replace(temporary, path)
+    """Write a plan file, all of it or nothing; through links, and into FIFOs and devices."""
+    from vqvit import files
+
+    files.write_file(path, plan.to_json() + "\n")
 
 
 def _measured(request: Request) -> bool:
     return request.kind not in (*RANKINGS, "bytes")
 
 
-def _data(model, calibration: Iterable | None, request: Request, arguments: argparse.Namespace) -> tuple[list, list]:
+def _require_possible(model, plan, request: Request, checking: Iterable) -> None:
+    """Before minutes of measuring: a budget of bytes that the plan itself exceeds, or a loss that cannot be measured,
+    is refused.
+    """
+    from vqvit import budget
+
+    if request.kind == "bytes":
+        budget.require_bytes(budget.least_bytes(model, plan), int(request.figures[0]))
+    elif _measured(request):
+        budget.require_metric(model, checking, request.kind)
+
+
+def _data(model, calibration: Iterable | None, request: Request, arguments: argparse.Namespace) -> tuple:
     """Batches to score on, and others to check the loss on: every second one each where both are needed."""
+    from vqvit.batches import EveryOther
+
     source = arguments.sensitivity_data
-    batches = list(common.open_data(source, model, arguments.source, arguments) if source else calibration or ())
+    batches = common.open_data(source, model, arguments.source, arguments) if source else calibration or ()
     if arguments.scores:
-        return [], batches
+        return (), batches
     if not _measured(request):
-        return batches, []
+        return batches, ()
     if len(batches) < 2:
         raise ValueError(
             f"--tiers-by {request.kind}: expected at least 2 batches, for scores and for the check; got {len(batches)}"
         )
-    return batches[::2], batches[1::2]
+    return EveryOther(batches, 0), EveryOther(batches, 1)

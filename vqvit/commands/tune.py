@@ -28,6 +28,8 @@ def run(arguments: argparse.Namespace) -> dict:
 
     if arguments.model and arguments.arch:
         raise ValueError("tune: expected a MODEL folder or --arch; got both")
+    if arguments.model:
+        common.require_kind("MODEL", arguments.model, "float", "checkpoint")
     if arguments.predict:
         return _predict(arguments)
     device = _cuda_device(arguments)
@@ -90,6 +92,8 @@ def _predict(arguments: argparse.Namespace) -> dict:
 
     if arguments.predict not in tuning.PARTS:
         raise ValueError(f"--predict: expected one of {', '.join(tuning.PARTS)}; got {arguments.predict!r}")
+    if arguments.device != "auto":
+        raise ValueError("--predict: expected no --device beside it, for nothing is measured; got both")
     if not arguments.output:
         raise ValueError("--predict: expected --output FILE, for a prediction is for another device")
     output = Path(arguments.output)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vqvit.batches import Batch, read_batch
+from vqvit.batches import Batch, Batches
 from vqvit.evaluate import checked_labels, eval_mode, forward, pick_output
 from vqvit.plan import TIERS, Plan, PlanError, QuantConfig
 from vqvit.rewriter import make_plan
@@ -52,8 +52,8 @@ def measure(
         raise PlanError(f"damage_tiers: expected tiers among {', '.join(TIERS)}; got {', '.join(sorted(unknown))}")
     plan = plan or make_plan(model, QuantConfig())[0]
     targets = find_targets(model, plan)
-    read = [read_batch(batch) for batch in batches]
-    if not read:
+    read = Batches(batches)
+    if not len(read):
         raise ValueError("sensitivity: expected at least one batch; got none")
     if not all(batch.images.is_floating_point() for batch in read):
         raise ValueError("sensitivity: expected floating-point images; got integers")
@@ -68,13 +68,13 @@ def measure(
         scored, layer = _scores(target, gradients, damages, damage_tiers, half)
         matrices += scored
         layers.append(layer)
-    images = sum(len(batch.images) for batch in read)
+    images = read.images
     square = sum(output.square().sum().item() for output in outputs) / images
     metric, curvature = ("kl", 0.5) if is_logits else ("feature_error", 1 / square if square > 0 else 0.0)
     return Sensitivity(objective, metric, images, curvature, tuple(matrices), tuple(layers))
 
 
-def _float_outputs(model: nn.Module, batches: list[Batch]) -> tuple[list[Tensor], bool]:
+def _float_outputs(model: nn.Module, batches: Batches) -> tuple[list[Tensor], bool]:
     outputs = []
     with torch.inference_mode():
         for index, batch in enumerate(batches):
@@ -85,7 +85,7 @@ def _float_outputs(model: nn.Module, batches: list[Batch]) -> tuple[list[Tensor]
     return outputs, is_logits
 
 
-def _objective(asked: str | None, is_logits: bool, batches: list[Batch]) -> str:
+def _objective(asked: str | None, is_logits: bool, batches: Batches) -> str:
     labelled = all(batch.labels is not None for batch in batches)
     possible = (("labels",) if labelled and is_logits else ()) + (("sampled",) if is_logits else ("features",))
     if asked is None:
@@ -140,7 +140,7 @@ class _Gradients:
 
 
 def _gradients(
-    model: nn.Module, targets: tuple[Target, ...], batches: list[Batch], objective: str, seed: int, progress: bool
+    model: nn.Module, targets: tuple[Target, ...], batches: Batches, objective: str, seed: int, progress: bool
 ) -> dict[str, _Gradients]:
     gradients = {target.plan.name: _Gradients(target) for target in targets}
     generator = torch.Generator().manual_seed(seed)
@@ -194,7 +194,7 @@ def _columns(gradient: Tensor, module: nn.Linear | nn.Conv2d, images: int) -> Te
 def _damages(
     model: nn.Module,
     targets: tuple[Target, ...],
-    batches: list[Batch],
+    batches: Batches,
     outputs: list[Tensor],
     is_logits: bool,
     tiers: tuple[str, ...],
@@ -218,7 +218,7 @@ def _damages(
 
 
 @torch.inference_mode()
-def _damage(model: nn.Module, batches: list[Batch], outputs: list[Tensor], is_logits: bool) -> float:
+def _damage(model: nn.Module, batches: Batches, outputs: list[Tensor], is_logits: bool) -> float:
     total = scale = 0.0
     for batch, want in zip(batches, outputs, strict=True):
         got = pick_output(forward(model, batch))[0].double().cpu().flatten(1)

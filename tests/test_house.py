@@ -32,6 +32,8 @@ LAYERS = (
     {"provenance"},
     {"ops"},
     {"nn"},
+    {"trial"},
+    {"probing"},
     {"calibration", "rewriter"},
     {"guard", "shortcut"},
     {"reconstruction"},

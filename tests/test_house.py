@@ -35,7 +35,7 @@ LAYERS = (
     {"trial"},
     {"probing"},
     {"calibration", "rewriter"},
-    {"guard", "shortcut"},
+    {"guard", "shortcut", "verification"},
     {"reconstruction"},
     {"hf", "quantize", "sensitivity"},
     {"qat"},

@@ -49,17 +49,20 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `quantize_` did: every layer it looked at, the plan that reproduces it, and what became of the CLS shortcut
-    (`vqvit.shortcut`): where it is used, or why not.
+    """What `quantize_` did: every layer it looked at, the plan that reproduces it, what became of the CLS shortcut
+    (`vqvit.shortcut`): where it is used, or why not, and of the comparison with float (`vqvit.verification`): its error
+    and its seconds, or why there was none.
     """
 
     layers: tuple[LayerReport, ...]
     plan: Plan
     cls_only: str
+    verified: str = "not run"
 
     def to_dict(self) -> dict:
         layers = [dataclasses.asdict(layer) for layer in self.layers]
-        return {"layers": layers, "plan": dataclasses.asdict(self.plan), "cls_only": self.cls_only}
+        plan = dataclasses.asdict(self.plan)
+        return {"layers": layers, "plan": plan, "cls_only": self.cls_only, "verified": self.verified}
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=0)
@@ -67,21 +70,21 @@ class Report:
             f"{r.name:{width}}  {r.role:11}  {r.status:9}  {'x'.join(map(str, r.shape)):10}  {r.reason}".rstrip()
             for r in self.layers
         ]
-        return "\n".join([*lines, f"CLS shortcut: {self.cls_only}"])
+        return "\n".join([*lines, f"CLS shortcut: {self.cls_only}", f"Comparison with float: {self.verified}"])
 
 
 def make_plan(
-    model: nn.Module, config: QuantConfig, tried: Trial | None = None
+    model: nn.Module, config: QuantConfig, tried: Trial | NoTrial | None = None
 ) -> tuple[Plan, tuple[LayerReport, ...]]:
     """Decide what to replace. Returns the plan and a report of what is skipped and why.
 
-    Args: model; config; tried, a run of the model that watched `candidates`. Without it there is one here, where the
-    model can be run.
+    Args: model; config; tried, a run of the model that watched `candidates`, or why there is none. Without it there is
+    one here, where the model can be run.
 
     Raises `PlanError` if the model is already quantized, or if nothing in it can be.
     """
-    _refuse_quantized(model)
-    calls = _calls(model) if tried is None else tried.calls
+    refuse_quantized(model)
+    calls = _calls(model) if tried is None else tried.calls if isinstance(tried, Trial) else {}
     blocks, layers, skipped = [], [], []
     taken: set[int] = set()
     shared = _shared_weights(model)
@@ -164,7 +167,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> tuple[LayerReport, ...]:
     Each replaced module stays beside its replacement with its weights, until `release_float`. Works on the meta device
     too, where it lays out the modules that a checkpoint then fills.
     """
-    _refuse_quantized(model)
+    refuse_quantized(model)
     half = getattr(torch, plan.half_dtype)
     blocks, layers = match(model, plan)
     replacements: dict[str, QuantModule] = {
@@ -278,7 +281,8 @@ def pack_weights(model: nn.Module, layout: str | None = None) -> None:
             module.pack_(layout)
 
 
-def _refuse_quantized(model: nn.Module) -> None:
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise `PlanError` if a part of the model is quantized."""
     if first := next(quantized_modules(model), None):
         raise PlanError(f"{type(model).__name__}: expected a float model; {first[0]!r} is quantized already")
 

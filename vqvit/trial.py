@@ -226,12 +226,16 @@ def _configurations(model: nn.Module) -> list[object]:
 
 
 def _text(model: nn.Module) -> dict[str, Tensor]:
+    """Random tokens of the smallest vocabulary: an image tower may have one of its own."""
     sizes = [getattr(config, "vocab_size", None) for config in _configurations(model)]
-    size = next((size for size in sizes if isinstance(size, int) and size > 1), None)
-    if size is None:
+    sizes = [size for size in sizes if isinstance(size, int) and size > 1]
+    if not sizes:
         return {}
     generator = torch.Generator().manual_seed(SEED)
-    return {"input_ids": torch.randint(1, size, (1, TEXT_TOKENS), generator=generator)}
+    text = {"input_ids": torch.randint(1, min(sizes), (1, TEXT_TOKENS), generator=generator)}
+    if "attention_mask" in inspect.signature(model.forward).parameters:  # as of padding: one of ones may be dropped
+        text["attention_mask"] = (torch.arange(TEXT_TOKENS) < TEXT_TOKENS - 2).long()[None]
+    return text
 
 
 def _images(model: nn.Module) -> Iterator[Tensor]:

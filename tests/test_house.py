@@ -33,7 +33,7 @@ LAYERS = (
     {"ops"},
     {"nn"},
     {"trial"},
-    {"probing"},
+    {"alterations", "probing"},
     {"calibration", "rewriter"},
     {"guard", "shortcut", "verification"},
     {"reconstruction"},

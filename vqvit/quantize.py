@@ -23,6 +23,7 @@ from vqvit.rewriter import (
     apply_plan,
     candidates,
     make_plan,
+    refuse_altered,
     refuse_quantized,
     release_float,
     restore,
@@ -88,6 +89,7 @@ def quantize_(
     needed = {"static activation": static, "static attention": heads, "factorised patch": patches}
     _check_calibration(batches, needed)
     if isinstance(config, Plan):
+        refuse_altered(model, plan)
         cls_only = shortcut.check_shortcut(model, plan, example)
     else:
         plan, cls_only = shortcut.plan_shortcut(model, plan, config.cls_only, example)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvit import families, trial
+from vqvit.alterations import adapted, altered, altered_part
 from vqvit.families import BlockParts, NotABlock
 from vqvit.nn import CompensatedPatchEmbed, EncoderBlock, HalfPatchEmbed, QuantLinear, QuantModule, QuantPatchEmbed
 from vqvit.nn.block import ROLES as BLOCK_ROLES
@@ -88,10 +89,13 @@ def make_plan(
     blocks, layers, skipped = [], [], []
     taken: set[int] = set()
     shared = _shared_weights(model)
+    adapters = {id(part): reason for part, reason in adapted(model)}
     for name, module in model.named_modules():
         if id(module) in taken or not looks_like_block(module):
             continue
         try:
+            if (reason := altered_part(module)) is not None:
+                raise NotABlock(reason)
             parts = families.probe(module)
             if shared & {id(p) for p in module.parameters()}:
                 raise NotABlock("a weight is shared with another layer")
@@ -111,6 +115,7 @@ def make_plan(
         if id(module) in taken or not isinstance(module, nn.Linear | nn.Conv2d):
             continue
         role, reason = _classify(name, module, shared)
+        reason = adapters.get(id(module)) or altered(module) or reason
         tier = config.tier_of(name, role)
         if reason or tier == "skip":
             shape = tuple(module.weight.shape)
@@ -121,6 +126,18 @@ def make_plan(
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped) or "it has no Linear layer and no patch embedding"
         raise PlanError(f"{type(model).__name__}: expected a model with layers to quantize; got none ({reasons})")
     return Plan(tuple(blocks), tuple(layers), config.half_dtype), tuple(skipped)
+
+
+def refuse_altered(model: nn.Module, plan: Plan) -> None:
+    """Raise `PlanError` if the plan names a block or a layer that is not what its class says (`vqvit.alterations`)."""
+    adapters = {id(part): reason for part, reason in adapted(model)}
+    blocks, layers = match(model, plan)
+    for planned in blocks:
+        if (reason := altered_part(planned.module) or adapters.get(id(planned.module))) is not None:
+            raise PlanError(f"plan: expected a plain block {planned.plan.name}; {reason}")
+    for layer, module in layers:
+        if (reason := adapters.get(id(module)) or altered(module)) is not None:
+            raise PlanError(f"plan: expected a plain layer {layer.name}; {reason}")
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:

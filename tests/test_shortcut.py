@@ -286,7 +286,9 @@ def test_arguments_that_could_ask_for_more_turn_it_off(images):
         assert computed_tokens(model, images, **kwargs) == 1
     assert computed_tokens(model, torch.randn(1, 3, 48, 48), interpolate_pos_encoding=True) == 1
     assert computed_tokens(model, images, None, True) == 17  # a positional True may be anything
-    assert computed_tokens(model, images, debug="all") == 17
+    assert computed_tokens(model, images, use_cache=True) == 17
+    with pytest.raises(TypeError, match=r"expected hidden states alone; got debug= \(str\)"):
+        call(model, images, debug="all")
 
 
 @pytest.mark.parametrize("part", ["vit", "vit.layernorm", "vit.layers.1", "vit.layers.1.fc2", "classifier"])

@@ -119,7 +119,7 @@ def probe(block: nn.Module) -> BlockParts:
 def identify_activation(function) -> str:
     """Name of the activation that `function` computes, found by its values on [-8, 8]. Raises `NotABlock`."""
     x = torch.linspace(-8, 8, 257)
-    y = function(x)
+    y = (function.forward if isinstance(function, nn.Module) else function)(x)  # past hooks on every module
     for name, candidate in ACTIVATION_FUNCTIONS.items():
         if torch.allclose(y, candidate(x), rtol=0, atol=2e-6):
             return name

@@ -61,7 +61,7 @@ def keep_faster(
     replaced = dict(quantized_modules(model))
     for module in replaced.values():
         module.original[0].eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         speeds = _module_speeds(model, replaced, sample, timer)
         slow = {name: f"INT8 is {speeds[name]}" for name in replaced if speeds[name].speedup < min_speedup}
         plan = revert(model, plan, list(slow))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vqvit import guard, shortcut
+from vqvit import guard, shortcut, trial, verification
 from vqvit.batches import Batch, Batches, read_batch
 from vqvit.calibration import (
     CalibrationError,
@@ -18,7 +18,18 @@ from vqvit.calibration import (
 )
 from vqvit.plan import Plan, PlanError, QuantConfig
 from vqvit.reconstruction import NotReached, reconstruct_
-from vqvit.rewriter import Report, apply_plan, make_plan, release_float, restore
+from vqvit.rewriter import (
+    LayerReport,
+    Report,
+    apply_plan,
+    candidates,
+    make_plan,
+    refuse_altered,
+    refuse_quantized,
+    release_float,
+    restore,
+)
+from vqvit.trial import NoTrial, Trial
 
 MIN_IMAGES = 8
 """Fewest images for static scales. Of n + 1 exchangeable images each is as likely to hold a layer's largest input, so
@@ -35,6 +46,7 @@ def quantize_(
     sample: object = None,
     calibration_state: str | Path | None = None,
     seed: int = 0,
+    verify: bool = True,
 ) -> Report:
     """Replace a model's layers by integer ones, in place, and put it in eval mode.
 
@@ -54,6 +66,9 @@ def quantize_(
         calibration_state: a file that keeps an interrupted calibration: gone on from if it is there, and deleted when
             the ranges are known.
         seed: of the rows that the observer `output_error` samples.
+        verify: run the quantized model once beside the float one, on `sample`, the first images of `calibration`, or a
+            random image as the model's configuration describes it, and put back the layers with which it fails or is
+            far from float (`vqvit.verification`). The report says which and why, and how long it took.
 
     Returns: what was replaced, skipped and why, with the plan.
 
@@ -63,7 +78,11 @@ def quantize_(
     _refuse_double(model)
     served = _read_sample(min_speedup, sample)
     config = config or QuantConfig()
-    plan, skipped = (config, ()) if isinstance(config, Plan) else make_plan(model, config)
+    refuse_quantized(model)
+    batches = _read_batches(calibration)
+    example = served or next(iter(batches), None)
+    tried = _try_out(model, example, verify or not isinstance(config, Plan))
+    plan, skipped = (config, ()) if isinstance(config, Plan) else make_plan(model, config, tried)
     static = [layer.name for layer in plan.layers if layer.activation == "static" and layer.tier != "fp16"]
     heads = [block.name for block in plan.blocks if block.attention_scales == "static"]
     patches = [layer.name for layer in plan.layers if layer.factorized]
@@ -71,16 +90,22 @@ def quantize_(
     if rounding == "error_aware" and calibration is None:
         raise CalibrationError("calibration: expected batches for rounding='error_aware'; got calibration=None")
     needed = {"static activation": static, "static attention": heads, "factorised patch": patches}
-    batches = _read_calibration(calibration, needed)
-    example = served or next(iter(batches), None)
+    _check_calibration(batches, needed)
     if isinstance(config, Plan):
+        refuse_altered(model, plan)
         cls_only = shortcut.check_shortcut(model, plan, example)
     else:
         plan, cls_only = shortcut.plan_shortcut(model, plan, config.cls_only, example)
     factors = patch_factors(model, patches, batches)
+    modes = {module: module.training for module in model.modules()}
+    shortened, undone, verified = plan.shortened, (), "off on request"
     reports = apply_plan(model, plan)
-    slower = ()
     try:
+        if verify and batches:  # what fails would fail in calibration
+            plan, undone, _ = _verify(model, plan, tried, keep_float)
+            left = {part.name for part in (*plan.layers, *plan.blocks)}
+            static, heads = ([name for name in names if name in left] for names in (static, heads))
+            factors = {name: factor for name, factor in factors.items() if name in left}
         factorize_(model, factors)
         with observed_heads(model, heads):
             calibrate_activations(model, plan, static, batches, progress, calibration_state, seed)
@@ -88,18 +113,42 @@ def quantize_(
         if batches and rounding != "nearest":
             reconstruct_(model, batches, progress)
         if served is not None:
-            shortened = plan.shortened
             plan, slower = guard.keep_faster(model, plan, served.to(next(model.buffers()).device), min_speedup)
-            cls_only = cls_only if plan.shortened == shortened else shortcut.describe(plan.shortened)
-    except (ValueError, RuntimeError, TypeError, OSError, KeyboardInterrupt) as error:
+            undone += slower
+        if verify and plan.layers:
+            plan, broken, verified = _verify(model, plan, tried, keep_float)
+            undone += broken
+        cls_only = cls_only if plan.shortened == shortened else shortcut.describe(plan.shortened)
+    except (*trial.RUN_ERRORS, OSError, KeyboardInterrupt) as error:
         restore(model)
+        for module, mode in modes.items():
+            module.training = mode
         if isinstance(error, NotReached):
             raise CalibrationError(str(error)) from error
         raise
     if not keep_float:
         release_float(model)
     kept = {layer.name for layer in plan.layers}
-    return Report((*(r for r in reports if r.name in kept), *slower, *skipped), plan, cls_only)
+    return Report((*(r for r in reports if r.name in kept), *undone, *skipped), plan, cls_only, verified)
+
+
+def _try_out(model: nn.Module, given: Batch | None, wanted: bool) -> Trial | NoTrial:
+    """The float model's run on a sample, or why there is none."""
+    if not wanted:
+        return NoTrial("off on request")
+    try:
+        return trial.try_out(model, given, candidates(model))
+    except NoTrial as reason:
+        return reason
+
+
+def _verify(
+    model: nn.Module, plan: Plan, tried: Trial | NoTrial, keep_float: bool
+) -> tuple[Plan, tuple[LayerReport, ...], str]:
+    """The plan of what stays, what was undone, and a line for the report."""
+    if isinstance(tried, NoTrial):
+        return plan, (), f"not possible: {tried}"
+    return verification.verify_(model, plan, tried, keep_float)
 
 
 def _refuse_double(model: nn.Module) -> None:
@@ -122,13 +171,7 @@ def _read_sample(min_speedup: float | None, sample: object) -> Batch | None:
     return read_batch(sample)
 
 
-def _read_calibration(calibration: Iterable | None, needed: dict[str, list[str]]) -> Batches:
-    for kind, names in needed.items():
-        if calibration is None and names:
-            raise CalibrationError(
-                f"calibration: expected batches for the {kind} scales of {len(names)} layers "
-                f"({names[0]}, ...); got calibration=None"
-            )
+def _read_batches(calibration: Iterable | None) -> Batches:
     if calibration is None:
         return Batches([])
     try:
@@ -137,7 +180,16 @@ def _read_calibration(calibration: Iterable | None, needed: dict[str, list[str]]
         raise CalibrationError(f"calibration: {error}") from error
     if not batches:
         raise CalibrationError("calibration: expected at least one batch; got none")
+    return batches
+
+
+def _check_calibration(batches: Batches, needed: dict[str, list[str]]) -> None:
+    for kind, names in needed.items():
+        if not batches and names:
+            raise CalibrationError(
+                f"calibration: expected batches for the {kind} scales of {len(names)} layers "
+                f"({names[0]}, ...); got calibration=None"
+            )
     if any(needed.values()) and batches.images < MIN_IMAGES:
         expected = f"expected at least {MIN_IMAGES} images for static scales"
         raise CalibrationError(f"calibration: {expected}; got {batches.images}")
-    return batches

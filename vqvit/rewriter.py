@@ -12,19 +12,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from vqvit import families
+from vqvit import families, trial
+from vqvit.alterations import adapted, altered, altered_part
 from vqvit.families import BlockParts, NotABlock
 from vqvit.nn import CompensatedPatchEmbed, EncoderBlock, HalfPatchEmbed, QuantLinear, QuantModule, QuantPatchEmbed
 from vqvit.nn.block import ROLES as BLOCK_ROLES
 from vqvit.nn.block import make_linear
 from vqvit.nn.leading import request_leading_tokens
 from vqvit.plan import BlockPlan, LayerPlan, Plan, PlanError, QuantConfig
-
-PROBE_TOKENS = 5
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Relative difference allowed between a block and its composed parts: rounding of the block's dtype, with room."""
+from vqvit.probing import looks_like_block, verify_block
+from vqvit.trial import Call, NoTrial, Trial
 
 FORWARD_HOOKS = (
     "_forward_hooks",
@@ -52,17 +50,20 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `quantize_` did: every layer it looked at, the plan that reproduces it, and what became of the CLS shortcut
-    (`vqvit.shortcut`): where it is used, or why not.
+    """What `quantize_` did: every layer it looked at, the plan that reproduces it, what became of the CLS shortcut
+    (`vqvit.shortcut`): where it is used, or why not, and of the comparison with float (`vqvit.verification`): its error
+    and its seconds, or why there was none.
     """
 
     layers: tuple[LayerReport, ...]
     plan: Plan
     cls_only: str
+    verified: str = "not run"
 
     def to_dict(self) -> dict:
         layers = [dataclasses.asdict(layer) for layer in self.layers]
-        return {"layers": layers, "plan": dataclasses.asdict(self.plan), "cls_only": self.cls_only}
+        plan = dataclasses.asdict(self.plan)
+        return {"layers": layers, "plan": plan, "cls_only": self.cls_only, "verified": self.verified}
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=0)
@@ -70,26 +71,35 @@ class Report:
             f"{r.name:{width}}  {r.role:11}  {r.status:9}  {'x'.join(map(str, r.shape)):10}  {r.reason}".rstrip()
             for r in self.layers
         ]
-        return "\n".join([*lines, f"CLS shortcut: {self.cls_only}"])
+        return "\n".join([*lines, f"CLS shortcut: {self.cls_only}", f"Comparison with float: {self.verified}"])
 
 
-def make_plan(model: nn.Module, config: QuantConfig) -> tuple[Plan, tuple[LayerReport, ...]]:
+def make_plan(
+    model: nn.Module, config: QuantConfig, tried: Trial | NoTrial | None = None
+) -> tuple[Plan, tuple[LayerReport, ...]]:
     """Decide what to replace. Returns the plan and a report of what is skipped and why.
+
+    Args: model; config; tried, a run of the model that watched `candidates`, or why there is none. Without it there is
+    one here, where the model can be run.
 
     Raises `PlanError` if the model is already quantized, or if nothing in it can be.
     """
-    _refuse_quantized(model)
+    refuse_quantized(model)
+    calls = _calls(model) if tried is None else tried.calls if isinstance(tried, Trial) else {}
     blocks, layers, skipped = [], [], []
     taken: set[int] = set()
     shared = _shared_weights(model)
+    adapters = {id(part): reason for part, reason in adapted(model)}
     for name, module in model.named_modules():
-        if id(module) in taken or not _looks_like_block(module):
+        if id(module) in taken or not looks_like_block(module):
             continue
         try:
+            if (reason := altered_part(module)) is not None:
+                raise NotABlock(reason)
             parts = families.probe(module)
             if shared & {id(p) for p in module.parameters()}:
                 raise NotABlock("a weight is shared with another layer")
-            returns_tuple = _verify(module, parts)
+            returns_tuple = verify_block(module, parts, calls.get(name, []))
         except NotABlock as reason:
             skipped.append(LayerReport(name, "block", "skipped", f"kept its structure: {reason}"))
             continue
@@ -105,6 +115,7 @@ def make_plan(model: nn.Module, config: QuantConfig) -> tuple[Plan, tuple[LayerR
         if id(module) in taken or not isinstance(module, nn.Linear | nn.Conv2d):
             continue
         role, reason = _classify(name, module, shared)
+        reason = adapters.get(id(module)) or altered(module) or reason
         tier = config.tier_of(name, role)
         if reason or tier == "skip":
             shape = tuple(module.weight.shape)
@@ -115,6 +126,30 @@ def make_plan(model: nn.Module, config: QuantConfig) -> tuple[Plan, tuple[LayerR
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped) or "it has no Linear layer and no patch embedding"
         raise PlanError(f"{type(model).__name__}: expected a model with layers to quantize; got none ({reasons})")
     return Plan(tuple(blocks), tuple(layers), config.half_dtype), tuple(skipped)
+
+
+def refuse_altered(model: nn.Module, plan: Plan) -> None:
+    """Raise `PlanError` if the plan names a block or a layer that is not what its class says (`vqvit.alterations`)."""
+    adapters = {id(part): reason for part, reason in adapted(model)}
+    blocks, layers = match(model, plan)
+    for planned in blocks:
+        if (reason := altered_part(planned.module) or adapters.get(id(planned.module))) is not None:
+            raise PlanError(f"plan: expected a plain block {planned.plan.name}; {reason}")
+    for layer, module in layers:
+        if (reason := adapters.get(id(module)) or altered(module)) is not None:
+            raise PlanError(f"plan: expected a plain layer {layer.name}; {reason}")
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that may be blocks, by name."""
+    return {name: module for name, module in model.named_modules() if looks_like_block(module)}
+
+
+def _calls(model: nn.Module) -> dict[str, list[Call]]:
+    try:
+        return trial.try_out(model, None, candidates(model)).calls
+    except NoTrial:
+        return {}
 
 
 class PlannedBlock(NamedTuple):
@@ -149,7 +184,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> tuple[LayerReport, ...]:
     Each replaced module stays beside its replacement with its weights, until `release_float`. Works on the meta device
     too, where it lays out the modules that a checkpoint then fills.
     """
-    _refuse_quantized(model)
+    refuse_quantized(model)
     half = getattr(torch, plan.half_dtype)
     blocks, layers = match(model, plan)
     replacements: dict[str, QuantModule] = {
@@ -263,53 +298,10 @@ def pack_weights(model: nn.Module, layout: str | None = None) -> None:
             module.pack_(layout)
 
 
-def _refuse_quantized(model: nn.Module) -> None:
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise `PlanError` if a part of the model is quantized."""
     if first := next(quantized_modules(model), None):
         raise PlanError(f"{type(model).__name__}: expected a float model; {first[0]!r} is quantized already")
-
-
-def _looks_like_block(module: nn.Module) -> bool:
-    """Whether a report about this module would interest anyone: it has a norm, attention output and MLP of its own."""
-    found = [families.find(module, families.ALIASES[role]) for role in ("norm1", "norm2")]
-    return all(part is not None and isinstance(part[1], nn.Module) for part in found)
-
-
-def _verify(block: nn.Module, parts: BlockParts) -> bool:
-    """Whether the block returns tuples. Raises `NotABlock` unless its parts, composed, compute what it computes."""
-    weight = parts.fc1.weight
-    if weight.is_meta:
-        raise NotABlock("its weights are on the meta device")
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, PROBE_TOKENS, parts.fc1.in_features, generator=generator).to(weight)
-    training = block.training
-    try:
-        with torch.inference_mode():
-            y = block.eval()(x)
-            expected = compose(parts, x)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        raise NotABlock(f"it cannot be called on hidden states alone ({type(error).__name__}: {error})") from error
-    finally:
-        block.train(training)
-    output = y[0] if isinstance(y, tuple) else y
-    difference = ((output - expected).norm() / (expected - x).norm()).item()
-    if not difference <= PROBE_TOLERANCE[weight.dtype]:
-        raise NotABlock(f"not a pre-LayerNorm block: its output differs from its parts' by {difference:.1e}")
-    return isinstance(y, tuple)
-
-
-def compose(parts: BlockParts, x: Tensor) -> Tensor:
-    """The float pre-LayerNorm block that `EncoderBlock` implements, from its parts."""
-
-    def scaled(y: Tensor, layer_scale: Tensor | None) -> Tensor:
-        return y if layer_scale is None else y * layer_scale
-
-    normalized = parts.norm1(x)
-    qkv = torch.cat([projection(normalized) for projection in parts.qkv], dim=-1)
-    q, k, v = qkv.unflatten(-1, (3, parts.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    attended = F.scaled_dot_product_attention(q, k, v, scale=parts.softmax_scale).transpose(1, 2).flatten(2)
-    x = x + scaled(parts.attn_out(attended), parts.layer_scale1)
-    hidden = families.ACTIVATION_FUNCTIONS[parts.activation](parts.fc1(parts.norm2(x)))
-    return x + scaled(parts.fc2(hidden), parts.layer_scale2)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
@@ -360,7 +352,7 @@ def _check_names(modules: dict[str, nn.Module], plan: Plan) -> None:
 
 def _planned_block(modules: dict[str, nn.Module], block: BlockPlan) -> BlockParts:
     if block.name not in modules:
-        blocks = ", ".join(name for name, module in modules.items() if _looks_like_block(module)) or "it has none"
+        blocks = ", ".join(name for name, module in modules.items() if looks_like_block(module)) or "it has none"
         raise PlanError(f"plan: expected a block of this model ({blocks}); got {block.name!r}")
     try:
         return families.probe(modules[block.name])

@@ -152,7 +152,7 @@ def _results(
     model: nn.Module, blocks: tuple[BlockPlan, ...], inputs: Batch, change: Callable[[BlockPlan, Tensor, dict], Tensor]
 ) -> dict[str, Tensor]:
     """The model's tensors by name, with each block the identity and then `change(block, hidden states, kwargs)`."""
-    with eval_mode(model), _standing_in(model, blocks, change), torch.inference_mode():
+    with eval_mode(model), _standing_in(model, blocks, change), torch.no_grad():
         try:
             output = model.forward(*inputs.args, **inputs.kwargs, **{REQUEST: True})
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:

@@ -14,6 +14,24 @@ from vqvit.nn.module import QuantModule
 from vqvit.nn.static_attention import quantize_heads
 from vqvit.plan import BlockPlan, LayerPlan
 
+NO_OPS = frozenset({"return_dict", "output_hidden_states", "use_cache", "interpolate_pos_encoding", REQUEST})
+"""Arguments on their way through a model that change nothing about what a block computes, whatever their value."""
+
+
+def unused_argument(args: tuple, kwargs: dict, before: int = 1) -> str | None:
+    """The first argument of a block's call that asks for something `EncoderBlock` does not compute, or None.
+
+    None and False ask for nothing, nor do `NO_OPS`. `args` are those that follow `before` others, such as the hidden
+    states.
+    """
+    for position, value in enumerate(args, before + 1):
+        if value is not None and value is not False:
+            return f"argument {position} ({type(value).__name__})"
+    for name, value in kwargs.items():
+        if value is not None and value is not False and name not in NO_OPS:
+            return f"{name}= ({type(value).__name__})"
+    return None
+
 
 class EncoderBlock(QuantModule):
     """h += ls1 ∘ Attention(LN1(h)) Wo; h += ls2 ∘ fc2(act(fc1(LN2(h)))).
@@ -49,15 +67,20 @@ class EncoderBlock(QuantModule):
         self.hold(**scales)  # on the meta device a checkpoint will fill them
         self.head_observer = None
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs):
         """(B, S, D) to (B, S, D), or a 1-tuple of it where the replaced block returned tuples.
 
-        Keyword arguments are those of the replaced block, and `vqvit.nn.leading.REQUEST`.
+        Further arguments are those of the replaced block, and `vqvit.nn.leading.REQUEST`. Raises `ValueError` for masks
+        and for `output_attentions`, `TypeError` for any other argument that `unused_argument` names.
         """
         self._check_masks(attention_mask, kwargs.get("head_mask"))
         if kwargs.get("output_attentions"):
             raise ValueError(
                 f"{self.plan.name}: expected output_attentions=False: int8 attention keeps no probabilities"
+            )
+        if (args or kwargs) and (name := unused_argument(args, kwargs, 2)) is not None:
+            raise TypeError(
+                f"{self.plan.name}: expected hidden states alone; got {name}, with which an int8 block does not compute"
             )
         tokens = hidden_states.shape[1]
         queries = self._queries(tokens, kwargs.get(REQUEST, False))

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from bits import same_bits
 from fuzz_arguments import arguments_of
 from fuzz_children import run_children, try_cases
 from torch import Tensor
@@ -28,21 +29,8 @@ import vqvit
 from vqvit import native, reference
 from vqvit.backends import cpu
 
-SIGN_OF_ZERO_IS_OPEN = ("int8_linear", "int8_linear_compensated")
-"""Ops whose kernels give zeros of another sign than the reference in rare cases: counted, until the contract says which
-sign it is. Remove this with the last of them.
-"""
-
 ACCEPTED = (TypeError, ValueError)
 """What an op raises for wrong arguments; PyTorch's dispatcher raises RuntimeError for those of a wrong kind."""
-
-
-def same_bits(got: Tensor, want: Tensor) -> Tensor:
-    """By element, the sign of zero included; NaN is NaN."""
-    if not got.is_floating_point():
-        return got == want
-    equal = (got == want) & (torch.signbit(got) == torch.signbit(want))
-    return equal | (got.isnan() & want.isnan())
 
 
 def run_case(seed: int, index: int) -> str:
@@ -63,10 +51,7 @@ def run_case(seed: int, index: int) -> str:
     for output, (got, want) in enumerate(pairs):
         assert got.shape == want.shape and got.dtype == want.dtype, f"{op}, {isa}: output {output}: {got.shape}"
         equal = same_bits(got, want)
-        if op in SIGN_OF_ZERO_IS_OPEN and bool(((got == want) | (got.isnan() & want.isnan())).all()):
-            if not bool(equal.all()):
-                return "other zero"
-        elif not bool(equal.all()):
+        if not bool(equal.all()):
             place = tuple((~equal).nonzero()[0].tolist())
             shown = ", ".join(_shown(argument) for argument in arguments)
             raise AssertionError(

@@ -1,6 +1,6 @@
 # make demo   train, quantize, reload and measure a ViT; report in demo-output/
 # make test   the tests
-# make test-all  what takes longer: kernels under more schedules, planted mistakes, sanitizers, emulated instruction sets
+# make test-all  what takes longer: kernels under more schedules, planted mistakes, soaks, some fuzzing, sanitizers
 # make check  lint and formatting
 # make sanitize  the op tests on kernels with address and undefined-behaviour sanitizers
 # make emulate  all op tests on kernels of AVX-512 VNNI and AVX-VNNI, emulated with AVX2
@@ -24,12 +24,16 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder tests
 
+# Of fuzzing a part: `make fuzz` goes on for as long as it is given.
 test-all: $(INSTALLED)
-	VQVIT_TWIN_SEEDS=20 $(VENV)/bin/python -m pytest -q --numprocesses auto -m "long or not long" \
-		tests/test_cuda_schedules.py tests/test_cuda_twin.py tests/test_cuda_mistakes.py
+	VQVIT_TWIN_SEEDS=20 $(VENV)/bin/python -m pytest -q --numprocesses auto \
+		tests/test_cuda_schedules.py tests/test_cuda_twin.py
 	for seed in 1 2 3; do VQVIT_TWIN_SEED=$$seed $(VENV)/bin/python -m pytest -q --numprocesses auto \
 		-k "cuda and not triton" tests/test_ops_parity.py tests/test_cuda_kernels*.py || exit 1; done
+	$(VENV)/bin/python tests/fuzz_ops.py --cases 3000 --seed $(FUZZ_SEED) --sanitize
+	$(VENV)/bin/python tests/fuzz_files.py --kind exported --cases 1000 --seed $(FUZZ_SEED) --sanitize
 	$(VENV)/bin/python tests/sanitize.py twin
+	$(VENV)/bin/python -m pytest -q --numprocesses auto -m long tests
 
 check: $(INSTALLED)
 	$(VENV)/bin/ruff check .

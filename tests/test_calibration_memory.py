@@ -41,10 +41,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+"""What is freed goes back to the system at once, so that the peak is that of what is alive: else it varies by 5 %."""
+
+
 def peak(images: int, kind: str) -> float:
     """MiB of a process that calibrates with so many images."""
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(images), kind], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", CHILD, str(images), kind], cwd=ROOT, env={**os.environ, **ENVIRONMENT},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -56,4 +60,4 @@ def test_peak_does_not_grow_with_the_number_of_images():
     few = peak(16, "generator")
     for kind in ("generator", "loader"):
         many = peak(80, kind)
-        assert many < 1.03 * few, f"{few:.0f} MiB with 16 images, {many:.0f} with 80 of a {kind}"
+        assert many < 1.02 * few, f"{few:.0f} MiB with 16 images, {many:.0f} with 80 of a {kind}"

@@ -94,12 +94,19 @@ def run(
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """No gradients, eval mode, a fixed seed and no user's hooks; afterwards all is as it was."""
-    devices = sorted({t.device.index for t in chain(model.parameters(), model.buffers()) if t.is_cuda})
-    with evaluate.eval_mode(model), _without_hooks(model), torch.random.fork_rng(devices), torch.no_grad():
+    with evaluate.eval_mode(model), _without_hooks(model), kept_random_state(model) as devices, torch.no_grad():
         torch.default_generator.manual_seed(SEED)
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(SEED)
         yield
+
+
+@contextmanager
+def kept_random_state(model: nn.Module) -> Iterator[list[int]]:
+    """The random number generators of the CPU and of the model's GPUs, which it yields, come back as they were."""
+    devices = sorted({t.device.index for t in chain(model.parameters(), model.buffers()) if t.is_cuda})
+    with torch.random.fork_rng(devices):
+        yield devices
 
 
 def users_hook(module: nn.Module) -> bool:

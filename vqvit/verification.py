@@ -36,7 +36,9 @@ SMALL = 1e-2
 """Root mean square beside which an output that is zero in float may be rounding."""
 
 
-def verify_(model: nn.Module, plan: Plan, tried: Trial, keep_float: bool) -> tuple[Plan, tuple[LayerReport, ...], str]:
+def verify_(
+    model: nn.Module, plan: Plan, tried: Trial, keep_float: bool, failures_only: bool = False
+) -> tuple[Plan, tuple[LayerReport, ...], str]:
     """Compare a quantized model with `tried`, its run in float, and put float modules back where it breaks.
 
     Args:
@@ -45,13 +47,14 @@ def verify_(model: nn.Module, plan: Plan, tried: Trial, keep_float: bool) -> tup
         plan: its plan.
         tried: the run in float.
         keep_float: whether the float weights will stay in memory.
+        failures_only: before calibration, undo what raises, however far the result is from float.
 
     Returns: the plan of what stays; what went back, and why; the error and the seconds, for the report.
 
     Warns if the result is off by more than the bound and no part can be blamed. Raises `PlanError` if nothing can stay.
     """
     start = time.perf_counter()
-    check = _Check(model, tried, keep_float, BOUND if all(x.bits == 8 for x in plan.layers) else LOW_BIT_BOUND)
+    check = _Check(model, tried, keep_float, _bound(plan, failures_only))
     try:
         with _dynamic_until_calibrated(model):
             reasons, error = check.find_broken()
@@ -69,6 +72,12 @@ def verify_(model: nn.Module, plan: Plan, tried: Trial, keep_float: bool) -> tup
         warnings.warn(f"{type(model).__name__}: {line}", stacklevel=4)
     undoing = f", {len(undone)} undone" if undone else ""
     return plan, undone, f"{line}{undoing} ({time.perf_counter() - start:.1f} s)"
+
+
+def _bound(plan: Plan, failures_only: bool) -> float:
+    if failures_only:
+        return torch.inf
+    return BOUND if all(layer.bits == 8 for layer in plan.layers) else LOW_BIT_BOUND
 
 
 class _Blind:

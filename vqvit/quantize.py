@@ -88,8 +88,8 @@ def quantize_(
     needed = {"static activation": static, "static attention": heads, "factorised patch": patches}
     _check_calibration(batches, needed)
     if isinstance(config, Plan):
-        refuse_altered(model, plan)
         cls_only = shortcut.check_shortcut(model, plan, example)
+        refuse_altered(model, plan)
     else:
         plan, cls_only = shortcut.plan_shortcut(model, plan, config.cls_only, example)
     with trial.kept_random_state(model):

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vqvit import guard, shortcut, trial, verification
 from vqvit.batches import Batch, Batches, read_batch
@@ -83,8 +83,7 @@ def quantize_(
     example = served or next(iter(batches), None)
     tried = _try_out(model, example, verify or not isinstance(config, Plan))
     plan, skipped = (config, ()) if isinstance(config, Plan) else make_plan(model, config, tried)
-    static = [layer.name for layer in plan.layers if layer.activation == "static" and layer.tier != "fp16"]
-    heads = [block.name for block in plan.blocks if block.attention_scales == "static"]
+    static, heads = _static_names(plan)
     patches = [layer.name for layer in plan.layers if layer.factorized]
     rounding = "auto" if isinstance(config, Plan) else config.rounding
     if rounding == "error_aware" and calibration is None:
@@ -92,33 +91,27 @@ def quantize_(
     needed = {"static activation": static, "static attention": heads, "factorised patch": patches}
     _check_calibration(batches, needed)
     if isinstance(config, Plan):
-        refuse_altered(model, plan)
         cls_only = shortcut.check_shortcut(model, plan, example)
+        refuse_altered(model, plan)
     else:
         plan, cls_only = shortcut.plan_shortcut(model, plan, config.cls_only, example)
-    factors = patch_factors(model, patches, batches)
+    with trial.kept_random_state(model):
+        factors = patch_factors(model, patches, batches)
     modes = {module: module.training for module in model.modules()}
     shortened, undone, verified = plan.shortened, (), "off on request"
     reports = apply_plan(model, plan)
     try:
-        if verify and batches:  # what fails would fail in calibration
-            plan, undone, _ = _verify(model, plan, tried, keep_float)
-            left = {part.name for part in (*plan.layers, *plan.blocks)}
-            static, heads = ([name for name in names if name in left] for names in (static, heads))
-            factors = {name: factor for name, factor in factors.items() if name in left}
-        factorize_(model, factors)
-        with observed_heads(model, heads):
-            calibrate_activations(model, plan, static, batches, progress, calibration_state, seed)
-        calibrate_heads(model, heads, batches, progress)
-        if batches and rounding != "nearest":
-            reconstruct_(model, batches, progress)
-        if served is not None:
-            plan, slower = guard.keep_faster(model, plan, served.to(next(model.buffers()).device), min_speedup)
-            undone += slower
-        if verify and plan.layers:
-            plan, broken, verified = _verify(model, plan, tried, keep_float)
-            undone += broken
-        cls_only = cls_only if plan.shortened == shortened else shortcut.describe(plan.shortened)
+        with trial.kept_random_state(model):
+            if verify and batches:  # what fails would fail in calibration
+                plan, undone, _ = _verify(model, plan, tried, keep_float, failures_only=True)
+            _fit(model, plan, factors, batches, rounding, progress, calibration_state, seed)
+            if served is not None:
+                plan, slower = guard.keep_faster(model, plan, served.to(next(model.buffers()).device), min_speedup)
+                undone += slower
+            if verify and plan.layers:
+                plan, broken, verified = _verify(model, plan, tried, keep_float)
+                undone += broken
+            cls_only = cls_only if plan.shortened == shortened else shortcut.describe(plan.shortened)
     except (*trial.RUN_ERRORS, OSError, KeyboardInterrupt) as error:
         restore(model)
         for module, mode in modes.items():
@@ -132,6 +125,27 @@ def quantize_(
     return Report((*(r for r in reports if r.name in kept), *undone, *skipped), plan, cls_only, verified)
 
 
+def _static_names(plan: Plan) -> tuple[list[str], list[str]]:
+    """Layers with a static activation scale, and blocks with static scales in attention."""
+    layers = [layer.name for layer in plan.layers if layer.activation == "static" and layer.tier != "fp16"]
+    return layers, [block.name for block in plan.blocks if block.attention_scales == "static"]
+
+
+def _fit(
+    model: nn.Module, plan: Plan, factors: dict[str, Tensor], batches: list[Batch], rounding: str, progress: bool,
+    calibration_state: str | Path | None, seed: int,
+) -> None:  # fmt: skip
+    """Ranges, equalisers and codes of a quantized model, from data."""
+    static, heads = _static_names(plan)
+    names = {layer.name for layer in plan.layers}
+    factorize_(model, {name: factor for name, factor in factors.items() if name in names})
+    with observed_heads(model, heads):
+        calibrate_activations(model, plan, static, batches, progress, calibration_state, seed)
+    calibrate_heads(model, heads, batches, progress)
+    if batches and rounding != "nearest":
+        reconstruct_(model, batches, progress)
+
+
 def _try_out(model: nn.Module, given: Batch | None, wanted: bool) -> Trial | NoTrial:
     """The float model's run on a sample, or why there is none."""
     if not wanted:
@@ -143,12 +157,12 @@ def _try_out(model: nn.Module, given: Batch | None, wanted: bool) -> Trial | NoT
 
 
 def _verify(
-    model: nn.Module, plan: Plan, tried: Trial | NoTrial, keep_float: bool
+    model: nn.Module, plan: Plan, tried: Trial | NoTrial, keep_float: bool, failures_only: bool = False
 ) -> tuple[Plan, tuple[LayerReport, ...], str]:
     """The plan of what stays, what was undone, and a line for the report."""
     if isinstance(tried, NoTrial):
         return plan, (), f"not possible: {tried}"
-    return verification.verify_(model, plan, tried, keep_float)
+    return verification.verify_(model, plan, tried, keep_float, failures_only)
 
 
 def _refuse_double(model: nn.Module) -> None:

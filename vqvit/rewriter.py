@@ -378,8 +378,17 @@ def replacement_class(kind: type[nn.Module], replaced: type[nn.Module]) -> type[
         def __init__(self, *args):
             kind.__init__(self, *args)
 
+        def __reduce_ex__(self, protocol):
+            return _unpickled, (kind, replaced), self.__dict__
+
     Replacement.__name__ = Replacement.__qualname__ = f"{kind.__name__}[{replaced.__name__}]"
     return Replacement
+
+
+def _unpickled(kind: type[nn.Module], replaced: type[nn.Module]) -> nn.Module:
+    """An empty `replacement_class`, which pickle fills: the class itself is no attribute of a module."""
+    made = replacement_class(kind, replaced)
+    return made.__new__(made)
 
 
 def swap(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vqvit.batches import Batch
-from vqvit.evaluate import eval_mode
 from vqvit.nn.leading import REQUEST, watched_part
 from vqvit.plan import BlockPlan, Plan, PlanError
+from vqvit.trial import undisturbed
 
 CANDIDATES = (1, 2)
 """Leading tokens that heads read: CLS; CLS and DeiT's distillation token."""
@@ -152,7 +152,7 @@ def _results(
     model: nn.Module, blocks: tuple[BlockPlan, ...], inputs: Batch, change: Callable[[BlockPlan, Tensor, dict], Tensor]
 ) -> dict[str, Tensor]:
     """The model's tensors by name, with each block the identity and then `change(block, hidden states, kwargs)`."""
-    with eval_mode(model), _standing_in(model, blocks, change), torch.no_grad():
+    with undisturbed(model), _standing_in(model, blocks, change):
         try:
             output = model.forward(*inputs.args, **inputs.kwargs, **{REQUEST: True})
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:

@@ -6,6 +6,7 @@ fire.
 """
 
 import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -52,11 +53,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Trial:
-    """Attributes: batch; outputs, the floating tensors of the result by name; calls of the watched parts by name."""
+    """Attributes: batch; outputs, the floating tensors of the result by name; calls of the watched parts by name; the
+    seconds that it took.
+    """
 
     batch: Batch
     outputs: dict[str, Tensor]
     calls: dict[str, list[Call]]
+    seconds: float
 
 
 def try_out(model: nn.Module, given: Batch | None = None, watched: Mapping[str, nn.Module] | None = None) -> Trial:
@@ -70,12 +74,13 @@ def try_out(model: nn.Module, given: Batch | None = None, watched: Mapping[str, 
         raise NoTrial("some of its weights are on the meta device")
     problems = []
     for batch in _samples(model, given):
+        start = time.perf_counter()
         try:
             outputs, calls = run(model, batch, watched or {})
         except RUN_ERRORS as error:
             problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
             continue
-        return Trial(batch, outputs, calls)
+        return Trial(batch, outputs, calls, time.perf_counter() - start)
     if problems:
         raise NoTrial(f"it cannot be run on a sample ({problems[0]})")
     raise NoTrial("its configuration says not what its inputs are, and there is no sample")
@@ -94,12 +99,19 @@ def run(
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """No gradients, eval mode, a fixed seed and no user's hooks; afterwards all is as it was."""
-    devices = sorted({t.device.index for t in chain(model.parameters(), model.buffers()) if t.is_cuda})
-    with evaluate.eval_mode(model), _without_hooks(model), torch.random.fork_rng(devices), torch.no_grad():
+    with evaluate.eval_mode(model), _without_hooks(model), kept_random_state(model) as devices, torch.no_grad():
         torch.default_generator.manual_seed(SEED)
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(SEED)
         yield
+
+
+@contextmanager
+def kept_random_state(model: nn.Module) -> Iterator[list[int]]:
+    """The random number generators of the CPU and of the model's GPUs, which it yields, come back as they were."""
+    devices = sorted({t.device.index for t in chain(model.parameters(), model.buffers()) if t.is_cuda})
+    with torch.random.fork_rng(devices):
+        yield devices
 
 
 def users_hook(module: nn.Module) -> bool:

@@ -36,7 +36,9 @@ SMALL = 1e-2
 """Root mean square beside which an output that is zero in float may be rounding."""
 
 
-def verify_(model: nn.Module, plan: Plan, tried: Trial, keep_float: bool) -> tuple[Plan, tuple[LayerReport, ...], str]:
+def verify_(
+    model: nn.Module, plan: Plan, tried: Trial, keep_float: bool, failures_only: bool = False
+) -> tuple[Plan, tuple[LayerReport, ...], str]:
     """Compare a quantized model with `tried`, its run in float, and put float modules back where it breaks.
 
     Args:
@@ -45,13 +47,14 @@ def verify_(model: nn.Module, plan: Plan, tried: Trial, keep_float: bool) -> tup
         plan: its plan.
         tried: the run in float.
         keep_float: whether the float weights will stay in memory.
+        failures_only: before calibration, undo what raises, however far the result is from float.
 
     Returns: the plan of what stays; what went back, and why; the error and the seconds, for the report.
 
     Warns if the result is off by more than the bound and no part can be blamed. Raises `PlanError` if nothing can stay.
     """
     start = time.perf_counter()
-    check = _Check(model, tried, keep_float, BOUND if all(x.bits == 8 for x in plan.layers) else LOW_BIT_BOUND)
+    check = _Check(model, tried, keep_float, _bound(plan, failures_only))
     try:
         with _dynamic_until_calibrated(model):
             reasons, error = check.find_broken()
@@ -68,7 +71,13 @@ def verify_(model: nn.Module, plan: Plan, tried: Trial, keep_float: bool) -> tup
         line += f", more than {check.bound:g}, and no replaced part by itself is that far from float"
         warnings.warn(f"{type(model).__name__}: {line}", stacklevel=4)
     undoing = f", {len(undone)} undone" if undone else ""
-    return plan, undone, f"{line}{undoing} ({time.perf_counter() - start:.1f} s)"
+    return plan, undone, f"{line}{undoing} ({tried.seconds + time.perf_counter() - start:.1f} s)"
+
+
+def _bound(plan: Plan, failures_only: bool) -> float:
+    if failures_only:
+        return torch.inf
+    return BOUND if all(layer.bits == 8 for layer in plan.layers) else LOW_BIT_BOUND
 
 
 class _Blind:
@@ -110,20 +119,20 @@ class _Check:
         """Why each broken module has to go back, by name, and the relative error of what stays."""
         reasons: dict[str, str] = {}
         outcome = self.run_with(self.modules)
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, str):
             for names in _kinds(self.modules):
                 alone = self.run_with(names)
-                if isinstance(alone, Exception):
-                    reasons |= dict.fromkeys(names, f"the model fails with it: {_describe(alone)}")
+                if isinstance(alone, str):
+                    reasons |= dict.fromkeys(names, f"the model fails with it: {alone}")
             outcome = self.run_with(self.modules.keys() - reasons.keys())
-            if isinstance(outcome, Exception):
-                why = f"the model fails with what is replaced: {_describe(outcome)}"
+            if isinstance(outcome, str):
+                why = f"the model fails with what is replaced: {outcome}"
                 return {name: reasons.get(name, why) for name in self.modules}, 0.0
         if outcome > self.bound:
             reasons |= self.find_different([name for name in self.modules if name not in reasons])
             outcome = self.run_with(self.modules.keys() - reasons.keys())
-            if isinstance(outcome, Exception):
-                return dict.fromkeys(self.modules, f"the model fails: {_describe(outcome)}"), 0.0
+            if isinstance(outcome, str):
+                return dict.fromkeys(self.modules, f"the model fails: {outcome}"), 0.0
         return reasons, outcome
 
     def find_different(self, names: Iterable[str]) -> dict[str, str]:
@@ -138,8 +147,8 @@ class _Check:
                 reasons[name] = f"its result differs from float by {local:.2g}, more than {self.bound:g}"
                 continue
             alone = self.run_with([name])
-            if isinstance(alone, Exception):
-                reasons[name] = f"the model fails with it: {_describe(alone)}"
+            if isinstance(alone, str):
+                reasons[name] = f"the model fails with it: {alone}"
             elif alone > self.bound:
                 reasons[name] = f"the model's result differs from float by {alone:.2g}, more than {self.bound:g}"
         return reasons
@@ -159,13 +168,15 @@ class _Check:
             want = {key: y - stream for key, y in want.items()}
         return relative_error(got, want)
 
-    def run_with(self, names: Iterable[str]) -> float | Exception:
-        """The relative error with these modules replaced and the others float, or what it raises."""
+    def run_with(self, names: Iterable[str]) -> float | str:
+        """The relative error with these modules replaced and the others float, or what it raises, in words: the
+        exception would keep float weights alive.
+        """
         self.put(names)
         try:
             outputs, _ = trial.run(self.model, self.tried.batch, {})
         except trial.RUN_ERRORS as error:
-            return error
+            return f"{type(error).__name__}: {error}".splitlines()[0]
         return relative_error(outputs, self.tried.outputs)
 
     def put(self, names: Iterable[str]) -> None:
@@ -218,7 +229,3 @@ def _kinds(names: Iterable[str]) -> list[list[str]]:
     for name in names:
         kinds.setdefault(re.sub(r"\d+", "*", name), []).append(name)
     return list(kinds.values())
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

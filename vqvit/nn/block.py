@@ -10,7 +10,7 @@ from vqvit.nn.compensated import CompensatedLinear
 from vqvit.nn.fused_block import ROLES, forget, run_in_one_call, runs_in_one_call
 from vqvit.nn.leading import REQUEST
 from vqvit.nn.linear import Codes, HalfLinear, QuantLinear
-from vqvit.nn.module import QuantModule
+from vqvit.nn.module import QuantModule, without_gradient
 from vqvit.nn.static_attention import quantize_heads
 from vqvit.plan import BlockPlan, LayerPlan
 
@@ -82,6 +82,7 @@ class EncoderBlock(QuantModule):
             raise TypeError(
                 f"{self.plan.name}: expected hidden states alone; got {name}, with which an int8 block does not compute"
             )
+        hidden_states = without_gradient(hidden_states, self.plan.name)
         tokens = hidden_states.shape[1]
         queries = self._queries(tokens, kwargs.get(REQUEST, False))
         if runs_in_one_call(self):

@@ -6,6 +6,7 @@ from torch import Tensor
 from vqvit import layouts, ops, reference
 from vqvit import numerics as nm
 from vqvit.nn.linear import Codes, QuantLinear
+from vqvit.nn.module import without_gradient
 from vqvit.nn.patch_embed import cut_patches, hold_equalizer, unfactorized
 from vqvit.plan import LayerPlan
 from vqvit.reference import COMPENSATION_TERMS
@@ -58,7 +59,7 @@ class CompensatedLinear(QuantLinear):
             return self._compensated(x, None, activation, layer_scale, residual, out_dtype or self.dtype)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"{self.plan.name}: expected input (..., {self.in_features}); got {tuple(x.shape)}")
-        rows = x.reshape(-1, self.in_features)
+        rows = without_gradient(x, self.plan.name).reshape(-1, self.in_features)
         y = self._from_rows(rows, activation, layer_scale, residual, out_dtype or x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 

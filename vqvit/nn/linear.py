@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from vqvit import backends, families, layouts, low_bit, native, ops
 from vqvit import numerics as nm
-from vqvit.nn.module import QuantModule
+from vqvit.nn.module import QuantModule, without_gradient
 from vqvit.plan import LayerPlan
 
 
@@ -152,6 +152,7 @@ class QuantLinear(QuantModule):
             return self._linear(x, activation, layer_scale, residual, out_dtype or self.dtype)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"{self.plan.name}: expected input (..., {self.in_features}); got {tuple(x.shape)}")
+        x = without_gradient(x, self.plan.name)
         codes = self.quantize_input(x.reshape(-1, self.in_features))
         y = self._linear(codes, activation, layer_scale, residual, out_dtype or x.dtype)
         return y.view(*x.shape[:-1], self.out_features)

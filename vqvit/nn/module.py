@@ -1,7 +1,26 @@
 """What all modules of a quantized model share: buffers that keep their dtype, and the dtype they work in."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
+
+
+def without_gradient(x: Tensor, name: str) -> Tensor:
+    """What a quantized module reads: x, cut off from the graph. Rounding has no derivative, and a result that claims
+    one would give None or zeros to whoever trains with it.
+
+    Warns where there was a graph to cut; Python shows that once.
+    """
+    if not x.requires_grad or not torch.is_grad_enabled():
+        return x
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{name}: a quantized module has no gradient, and its result requires none: what lies before it does not "
+            "train. For inference use torch.no_grad() or torch.inference_mode(); to train, vqvit.qat before quantize_.",
+            stacklevel=3,
+        )
+    return x.detach()
 
 
 class QuantModule(nn.Module):

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from vqvit import ops
 from vqvit.nn.linear import Codes, HalfLinear, QuantLinear
+from vqvit.nn.module import without_gradient
 from vqvit.plan import LayerPlan
 
 
@@ -50,6 +51,7 @@ class QuantPatchEmbed(QuantLinear):
             raise ValueError(
                 f"{self.plan.name}: expected images (B, {self.channels}, height, width); got {tuple(pixels.shape)}"
             )
+        pixels = without_gradient(pixels, self.plan.name)
         codes, scale = ops.patchify_quantize(pixels, *self.patch, self.equalizer)
         row_sum = codes.sum(-1, dtype=torch.int32) if self.zero_point is not None else None
         tokens = super().forward(Codes(codes, scale, None, row_sum), out_dtype=pixels.dtype)

@@ -132,7 +132,7 @@ def _static_names(plan: Plan) -> tuple[list[str], list[str]]:
 
 
 def _fit(
-    model: nn.Module, plan: Plan, factors: dict[str, Tensor], batches: list[Batch], rounding: str, progress: bool,
+    model: nn.Module, plan: Plan, factors: dict[str, Tensor], batches: Batches, rounding: str, progress: bool,
     calibration_state: str | Path | None, seed: int,
 ) -> None:  # fmt: skip
     """Ranges, equalisers and codes of a quantized model, from data."""

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import vqvit
+
+pytestmark = pytest.mark.long
 
 ROOT = Path(vqvit.__file__).resolve().parents[1]
 

@@ -18,6 +18,7 @@ if CSRC is None or shutil.which("g++") is None:
 
 SOURCE = r"""
 #include "hopper.h"
+#define KERNEL(threads, name, ...) VQVIT_KERNEL(threads, 1, name, __VA_ARGS__)
 #include <string>
 
 namespace vqvit {
@@ -102,9 +103,7 @@ int run_matrices(const uint32_t* from, uint32_t* out, int transposed) {
 def run(tmp_path_factory):
     """Runs a program of `SOURCE` on tensors and numbers."""
     folder = tmp_path_factory.mktemp("golden")
-    named = "VQVIT_KERNEL(threads, blocks, name" in (CSRC / "cuda" / "device.h").read_text()
-    macro = "VQVIT_KERNEL(threads, 1, name, __VA_ARGS__)" if named else "VQVIT_KERNEL(threads, 1) name(__VA_ARGS__)"
-    (folder / "programs.cpp").write_text(f"#define KERNEL(threads, name, ...) {macro}\n{SOURCE}")
+    (folder / "programs.cpp").write_text(SOURCE)
     files = [folder / "programs.cpp", *sorted((CSRC / "cuda").glob("twin*.cpp"))]
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
     compiler = _build.compiler(_build.CUDA_TWIN)

@@ -5,6 +5,7 @@ Without a GPU everything runs in the host's twin (see conftest), which takes its
 
 import pytest
 import torch
+from bits import assert_same_bits
 
 from vqvit import native, ops, reference
 from vqvit.backends import cuda
@@ -23,14 +24,9 @@ def on_device(argument):
     return argument.to(DEVICE) if isinstance(argument, torch.Tensor) else argument
 
 
-def assert_same_bits(op: str, *args) -> None:
+def check(op: str, *args) -> None:
     """`op` of the CUDA backend returns the reference's bits."""
-    received = getattr(cuda, op)(*map(on_device, args))
-    expected = getattr(reference, op)(*args)
-    if isinstance(received, torch.Tensor):
-        received, expected = (received,), (expected,)
-    for got, want in zip(received, expected, strict=True):
-        torch.testing.assert_close(got.cpu(), want, rtol=0, atol=0, equal_nan=True)
+    assert_same_bits(getattr(cuda, op)(*map(on_device, args)), getattr(reference, op)(*args))
 
 
 # The twin's architecture and multiprocessors: few of them make large tiles and several tiles a block, many small ones.
@@ -57,27 +53,27 @@ def operands(k: int = K, groups: bool = False) -> tuple[torch.Tensor, ...]:
 
 
 def test_accumulators(machine):
-    assert_same_bits("int8_mm", codes(M, K), codes(N, K))
+    check("int8_mm", codes(M, K), codes(N, K))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_gelu_layer_scale_and_residual(machine, dtype):
     layer_scale, residual = torch.randn(N).half(), torch.randn(M, N).bfloat16()
-    assert_same_bits("int8_linear", *operands(), "gelu", layer_scale, residual, None, None, None, None, dtype)
+    check("int8_linear", *operands(), "gelu", layer_scale, residual, None, None, None, None, dtype)
 
 
 def test_static_codes(machine):
-    assert_same_bits("int8_linear_quantize", *operands(), "gelu", *[None] * 4, torch.tensor(0.1), True, True)
+    check("int8_linear_quantize", *operands(), "gelu", *[None] * 4, torch.tensor(0.1), True, True)
 
 
 @pytest.mark.parametrize("groups", [False, True], ids=["a_scale", "group_scales"])
 def test_codes_by_group(machine, groups):
-    assert_same_bits("int8_linear_quantize", *operands(groups=groups), "none", *[None] * 4, None, True, False, True)
+    check("int8_linear_quantize", *operands(groups=groups), "none", *[None] * 4, None, True, False, True)
 
 
 @pytest.mark.parametrize("k", [128, 256, 384, 400], ids=["one_group", "two", "three", "four_short"])
 def test_group_scales(machine, k):
-    assert_same_bits("int8_linear", *operands(k, groups=True))
+    check("int8_linear", *operands(k, groups=True))
 
 
 @pytest.mark.parametrize("head_dim", cuda.PROJECTION_HEAD_DIMS)
@@ -86,7 +82,7 @@ def test_projection(machine, head_dim):
     n = 3 * heads * head_dim
     a_scale = torch.rand(2 * tokens) * 1e-3
     a_scale[4] = torch.nan
-    assert_same_bits(
+    check(
         "int8_linear_qkv", codes(2 * tokens, 144), a_scale, codes(n, 144), torch.rand(n), torch.randn(n), tokens, heads
     )
 
@@ -94,7 +90,7 @@ def test_projection(machine, head_dim):
 def test_rows_that_16_byte_copies_do_not_fit(machine):
     a, b = codes(M, 600)[:, 5:593], codes(N, 588)
     assert a.shape[1] == b.shape[1]
-    assert_same_bits("int8_mm", a, b)
+    check("int8_mm", a, b)
 
 
 def test_kernels_are_launched_with_their_device_current():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bits import assert_same_bits
 from op_arguments import attention
 
 from vqvit import backends, reference
@@ -45,10 +46,6 @@ GROUP_SHAPES = {
     "resident_128_few_keys": (1, 2, 17, 20, 128),
     "streaming_128": (1, 2, 17, STREAMING, 128),
 }
-
-
-def assert_same_bits(received, expected):
-    torch.testing.assert_close(received.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def on_device(args):

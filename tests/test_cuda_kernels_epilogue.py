@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bits import assert_same_bits
 
 from vqvit import _build, native, reference
 from vqvit import numerics as nm
@@ -68,23 +69,17 @@ def zero_points(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return a_zero, a.sum(1, dtype=torch.int32), b_zero, b.sum(1, dtype=torch.int32)
 
 
-def assert_same_bits(op: str, *args) -> None:
-    received, expected = getattr(cuda, op)(*args), getattr(reference, op)(*args)
-    if isinstance(received, torch.Tensor):
-        received, expected = (received,), (expected,)
-    for got, want in zip(received, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-        if got.is_floating_point():  # assert_close takes -0 for 0
-            same_sign = torch.signbit(got) == torch.signbit(want)
-            assert (same_sign | got.isnan()).all()
+def check(op: str, *args) -> None:
+    """`op` of the CUDA backend returns the reference's bits."""
+    assert_same_bits(getattr(cuda, op)(*args), getattr(reference, op)(*args))
 
 
 def assert_all_kinds(arguments: list[torch.Tensor], activation: str) -> None:
     """Floats, codes by group and codes with a static scale."""
     none = [None] * 4
-    assert_same_bits("int8_linear", *arguments, activation)
-    assert_same_bits("int8_linear_quantize", *arguments, activation, *none, None, True, False, True)
-    assert_same_bits("int8_linear_quantize", *arguments, activation, *none, torch.tensor(0.05), True, True)
+    check("int8_linear", *arguments, activation)
+    check("int8_linear_quantize", *arguments, activation, *none, None, True, False, True)
+    check("int8_linear_quantize", *arguments, activation, *none, torch.tensor(0.05), True, True)
 
 
 @pytest.mark.parametrize("n", WIDTHS.values(), ids=WIDTHS)
@@ -105,7 +100,7 @@ def test_other_activations(large, monkeypatch, arch, n, activation):
 @pytest.mark.parametrize("scale", [1e-30, 2.0**-64, 2.0**101], ids=str)
 def test_static_scales_that_a_reciprocal_does_not_serve(large, scale):
     arguments = operands(256)
-    assert_same_bits("int8_linear_quantize", *arguments, "gelu", *[None] * 4, torch.tensor(scale), True, False)
+    check("int8_linear_quantize", *arguments, "gelu", *[None] * 4, torch.tensor(scale), True, False)
 
 
 @pytest.mark.parametrize("n", WIDTHS.values(), ids=WIDTHS)
@@ -117,7 +112,7 @@ def test_residuals_and_layer_scales(large, n, adds, activation):
         residual = None if adds == "layer_scale" else torch.randn(M, n).to(dtype)
         layer_scale = None if adds == "residual" else torch.randn(n).to(dtype)
         for out_dtype in FLOATS:
-            assert_same_bits("int8_linear", *arguments, layer_scale, residual, *[None] * 4, out_dtype)
+            check("int8_linear", *arguments, layer_scale, residual, *[None] * 4, out_dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -126,11 +121,11 @@ def test_residuals_with_rows_apart(machine, dtype):
     wide = torch.randn(M, n + 12).to(dtype)
     for first in (0, 4, 8, 1):  # aligned to packs of every dtype, of some, of none
         residual = wide[:, first : first + n]
-        assert_same_bits("int8_linear", *operands(n), "none", None, residual, *[None] * 4, dtype)
+        check("int8_linear", *operands(n), "none", None, residual, *[None] * 4, dtype)
     uneven = torch.randn(M, n + 3).to(dtype)[:, :n]
-    assert_same_bits("int8_linear", *operands(n), "none", torch.randn(n), uneven, *[None] * 4, dtype)
+    check("int8_linear", *operands(n), "none", torch.randn(n), uneven, *[None] * 4, dtype)
     one_row = torch.randn(1, n).to(dtype).expand(M, n)
-    assert_same_bits("int8_linear", *operands(n), "gelu", None, one_row, *[None] * 4, dtype)
+    check("int8_linear", *operands(n), "gelu", None, one_row, *[None] * 4, dtype)
 
 
 @pytest.mark.parametrize("n", [256, 259], ids=["whole", "odd"])
@@ -140,14 +135,14 @@ def test_zero_points(machine, n, points):
     a_zero, a_sum, b_zero, b_sum = zero_points(arguments[0], arguments[2])
     of_a, of_b = (a_zero, None, None, b_sum), (None, a_sum, b_zero, None)
     used = {"both": (a_zero, a_sum, b_zero, b_sum), "of_a": of_a, "of_b": of_b}[points]
-    assert_same_bits("int8_linear", *arguments, "gelu", None, torch.randn(M, n), *used)
-    assert_same_bits("int8_linear_quantize", *arguments, "gelu", *used, None, True, False, True)
-    assert_same_bits("int8_linear_quantize", *arguments, "none", *used, torch.tensor(0.1), True, True)
+    check("int8_linear", *arguments, "gelu", None, torch.randn(M, n), *used)
+    check("int8_linear_quantize", *arguments, "gelu", *used, None, True, False, True)
+    check("int8_linear_quantize", *arguments, "none", *used, torch.tensor(0.1), True, True)
 
 
 @pytest.mark.parametrize("n", WIDTHS.values(), ids=WIDTHS)
 def test_accumulators(machine, n):
-    assert_same_bits("int8_mm", codes(M, K), codes(n, K))
+    check("int8_mm", codes(M, K), codes(n, K))
 
 
 HEADS = [(32, 1), (32, 2), (32, 3), (32, 4), (64, 1), (64, 3), (128, 1), (128, 2)]
@@ -161,16 +156,16 @@ def test_projections(machine, head_dim, heads, tokens):
     a_scale = torch.rand(m) * 1e-3
     a_scale[4], a_scale[60] = torch.nan, torch.inf
     arguments = codes(m, K), a_scale, codes(n, K), torch.rand(n), torch.randn(n)
-    assert_same_bits("int8_linear_qkv", *arguments, tokens, heads)
+    check("int8_linear_qkv", *arguments, tokens, heads)
     if tokens == 33:
-        assert_same_bits("int8_linear_qkv", *arguments, tokens, heads, *zero_points(arguments[0], arguments[2]))
+        check("int8_linear_qkv", *arguments, tokens, heads, *zero_points(arguments[0], arguments[2]))
 
 
 @pytest.mark.parametrize(("head_dim", "heads"), [(32, 3), (64, 2), (128, 1)])
 def test_projections_of_group_scales(machine, head_dim, heads):
     tokens = 33
     arguments = [t[: 2 * tokens] if t.shape[0] == M else t for t in group_operands(3 * heads * head_dim)]
-    assert_same_bits("int8_linear_qkv", *arguments, tokens, heads)
+    check("int8_linear_qkv", *arguments, tokens, heads)
 
 
 def test_scales_are_those_of_a_division(tmp_path):

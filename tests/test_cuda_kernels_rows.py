@@ -4,6 +4,7 @@ again, vector and scalar loads, few rows and many. Bits are the reference's (tes
 
 import pytest
 import torch
+from bits import assert_same_bits
 
 from vqvit import native, reference
 from vqvit.backends import cuda as backend
@@ -37,13 +38,6 @@ def rows(shape, dtype=torch.float32):
     if shape[0] > 1:
         x[-1, -1] = torch.nan
     return x
-
-
-def assert_same_bits(received, expected):
-    received, expected = (r if isinstance(r, tuple) else (r,) for r in (received, expected))
-    assert len(received) == len(expected)
-    for got, want in zip(received, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def compare(op, *args):

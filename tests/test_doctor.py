@@ -130,6 +130,7 @@ def probed(program: Path, library: Path, *cases: str) -> tuple[int, list[dict]]:
     return done.returncode, [message["row"] for message in messages if "row" in message]
 
 
+@pytest.mark.long
 def test_the_probe_finds_consumers_that_are_not_ordered(program, tmp_path):
     """Two tiles a block: consumer 2 takes stages that are several phases away. One tile a block does not show it."""
     status, rows = probed(program, unordered_twin(tmp_path), "mm/128x128x1024", "mm/128x256x1024")

@@ -124,7 +124,7 @@ def test_shell_lines(folder, monkeypatch, capsys, line):
     argv += [part for word, parts in QUICK.items() if word in argv for part in parts]
     status = cli.main(argv)
     err = capsys.readouterr().err
-    if argv[0] == "tune" and not torch.cuda.is_available():
+    if argv[0] in ("tune", "doctor") and not torch.cuda.is_available():
         assert status == 2 and "expected a CUDA device" in err
     else:
         assert status == 0, err
@@ -215,6 +215,7 @@ KNOWN = {
     "vqvit": lambda folder: None,
     "--json": lambda folder: None,
     "vqvit env": lambda folder: cli.main(["env"]),
+    "vqvit doctor --gpu": lambda folder: options_of("doctor") >= {"--gpu"},
     "vqvit quantize --min-speedup 1.0": lambda folder: options_of("quantize") >= {"--min-speedup"},
     'cls_only="off"': lambda folder: vqvit.QuantConfig(cls_only="off"),
     'activations={"fc2": "per_token_group"}': lambda folder: vqvit.QuantConfig(activations={"fc2": "per_token_group"}),
@@ -229,6 +230,6 @@ def test_code_in_the_text(folder, span, capsys):
 def test_nothing_of_the_readme_is_left_out():
     """The tests above see every fence, every indented line, and the spans that can be typed."""
     assert {language for language, _ in fenced()} == {"python"}
-    assert len(SHELL) == 12 and len(inline()) > 15
+    assert len(SHELL) == 13 and len(inline()) > 15
     with pytest.raises(KeyError):
         run_inline("vqvit quantise", Path())

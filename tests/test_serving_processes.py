@@ -294,7 +294,9 @@ for room in (40, 80, 120, 1000):
 def test_memory_that_does_not_suffice_is_a_memory_error():
     """32 MiB for the codes, 32 for packed weights, 128 for fp32 rows: no abort from inside of the kernels."""
     printed = run_python(OUT_OF_MEMORY, VQVIT_TORCH="0").splitlines()
-    assert printed[1:] == ["vqvit_cpu_int8_linear_quantize: out of memory"] * 2 + ["True"]
+    assert printed[1:] == [
+        "vqvit_cpu_int8_linear_quantize: expected room for its scratch; there is not enough memory"
+    ] * 2 + ["True"]
 
 
 def exports(model: nn.Module, monkeypatch) -> None:

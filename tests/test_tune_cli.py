@@ -33,9 +33,10 @@ def test_tune_predicts(capsys, request, source, tmp_path):
 def fake_gpu(monkeypatch, tmp_path):
     """A device of row 90 whose tensors live on the CPU, where Triton's interpreter runs the kernels."""
     launch = pytest.importorskip("vqvit.kernels.launch")
-    from vqvit import tuning
+    from vqvit import precompile, tuning
     from vqvit.commands import tune
 
+    monkeypatch.setattr(precompile, "warm", lambda jobs, part: None)  # the interpreter compiles nothing
     monkeypatch.setenv("VQVIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tune, "_cuda_device", lambda arguments: torch.device("cpu"))
     monkeypatch.setattr(launch, "cuda_device", lambda index: launch.Device(90, 132))

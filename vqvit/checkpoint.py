@@ -20,7 +20,7 @@ import vqvit
 from vqvit import files, hf
 from vqvit.calibration import CalibrationError, Ranges, ranges_of
 from vqvit.data import PROCESSOR_FILE
-from vqvit.plan import Plan
+from vqvit.plan import Plan, PlanError
 from vqvit.rewriter import apply_plan, pack_weights, plan_of
 
 FORMAT = 2
@@ -98,7 +98,12 @@ def load(directory: str | Path, model: nn.Module | None = None, device: str | to
         model = _build(directory, manifest, config)
     plan = Plan.from_json(json.dumps(manifest["plan"]))
     model.to("meta")
-    apply_plan(model, plan)
+    try:
+        apply_plan(model, plan)
+    except PlanError:
+        raise
+    except ValueError as error:  # layers of a size that no kernel takes
+        raise CheckpointError(f"{directory}: {error}") from error
     _fill(model, tensors, weights_of(directory, manifest))
     _remember_ranges(model, manifest.get("ranges"), directory)
     if hf.is_transformers_model(model):

@@ -240,3 +240,23 @@ def test_float_folders(tmp_path):
     (tmp_path / "float" / "model.safetensors").write_bytes(b"1234")
     with pytest.raises(ValueError, match="expected readable weights for ViTForImageClassification"):
         load_float(tmp_path / "float")
+
+
+@pytest.mark.parametrize("part", ["", "vit"], ids=["whole", "part"])
+def test_transformers_neither_saves_nor_loads_a_quantized_model(part, tmp_path):
+    """What it would write or read are random weights."""
+    import transformers
+
+    from vqvit.nn.module import TransformersSaveError
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8)
+    model = transformers.ViTForImageClassification(config).eval()
+    vqvit.quantize_(model.get_submodule(part))
+    with pytest.raises(TransformersSaveError, match=r"Use vqvit\.save\(model, folder\)"):
+        model.save_pretrained(tmp_path / "pretrained")
+    assert not list((tmp_path / "pretrained").glob("*.safetensors"))
+    if not part:
+        vqvit.save(model, tmp_path / "ours")
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "ours")

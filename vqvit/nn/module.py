@@ -1,5 +1,6 @@
 """What all modules of a quantized model share: buffers that keep their dtype, and the dtype they work in."""
 
+import sys
 import warnings
 
 import torch
@@ -21,6 +22,24 @@ def without_gradient(x: Tensor, name: str) -> Tensor:
             stacklevel=3,
         )
     return x.detach()
+
+
+class TransformersSaveError(RuntimeError):
+    """transformers was asked to save a quantized model."""
+
+
+def refuse_transformers_save() -> None:
+    """Raise `TransformersSaveError` where transformers' `save_pretrained` collects tensors: its `from_pretrained` would
+    fill the model with random weights, and say so in a warning at most.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "save_pretrained" and "transformers" in frame.f_code.co_filename:
+            raise TransformersSaveError(
+                "save_pretrained: expected a float model; got one that vqvit has quantized, which from_pretrained fills "
+                "with random weights. Use vqvit.save(model, folder) and vqvit.load(folder)."
+            )
+        frame = frame.f_back
 
 
 class QuantModule(nn.Module):
@@ -54,3 +73,7 @@ class QuantModule(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move_only, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        refuse_transformers_save()
+        super()._save_to_state_dict(destination, prefix, keep_vars)

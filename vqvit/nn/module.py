@@ -36,8 +36,8 @@ def refuse_transformers_save() -> None:
     while frame is not None:
         if frame.f_code.co_name == "save_pretrained" and "transformers" in frame.f_code.co_filename:
             raise TransformersSaveError(
-                "save_pretrained: expected a float model; got one that vqvit has quantized, which from_pretrained fills "
-                "with random weights. Use vqvit.save(model, folder) and vqvit.load(folder)."
+                "save_pretrained: expected a float model; got one that vqvit has quantized, and from_pretrained would "
+                "fill it with random weights. Use vqvit.save(model, folder) and vqvit.load(folder)."
             )
         frame = frame.f_back
 

@@ -10,7 +10,6 @@ flush to zero, implicit fma.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import re
@@ -18,19 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: kernels are compiled here
 
 import triton
 from compile_cases import ARCHITECTURES, KIB, MMA_S8, WGMMA_S8, Case, cases
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from vqvit.kernels import launch
+from vqvit import precompile
 from vqvit.kernels.gemm_s8 import REGISTERS
 from vqvit.provenance import append_csv, environment
 
@@ -79,43 +75,11 @@ class Report:
     problems: str
 
 
-class _NoDriver:
-    """What Triton asks of a driver before a launch; the device number is the architecture, which keeps caches apart."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextlib.contextmanager
-def compiling_for(arch: int) -> Iterator[list]:
-    """Launches compile for `arch` and append (kernel function, launch options, compiled kernel) to the list."""
-    compiled = []
-    original_run = JITFunction.run
-
-    def run(self, *args, grid, warmup, **options):
-        kernel = original_run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append((self, options, kernel.result() if hasattr(kernel, "result") else kernel))
-
-    limits = ARCHITECTURES[arch]
-    device = launch.Device(limits.row, limits.sms)
-    triton.runtime.driver.set_active(_NoDriver(arch))
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(launch, "cuda_device", lambda index: device):
-        yield compiled
-
-
 def report(case: Case, arch: int) -> list[Report]:
     """Compile what `case` launches for `arch`: one report a kernel."""
     started = time.perf_counter()
-    with compiling_for(arch) as compiled:
+    limits = ARCHITECTURES[arch]
+    with precompile.compiling_for(precompile.Part(arch, limits.row, limits.sms)) as compiled:
         case.run()
     seconds = time.perf_counter() - started
     first, *others = (_report(case, arch, *launched, seconds / len(compiled)) for launched in compiled)

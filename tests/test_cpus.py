@@ -27,7 +27,7 @@ def test_cpus_of_the_affinity_mask_count():
 
 
 CGROUPS = {
-    "v2": ("0::/work/app\n", {"work/app/cpu.max": "max 100000", "work/cpu.max": "150000 100000"}, 1.5),
+    "v2": ("0::/jobs/app\n", {"jobs/app/cpu.max": "max 100000", "jobs/cpu.max": "150000 100000"}, 1.5),
     "v2_root": ("0::/\n", {"cpu.max": "300000 100000"}, 3.0),
     "v2_of_a_container": ("0::/../../docker/abc\n", {"cpu.max": "50000 100000"}, 0.5),
     "v1": ("4:cpu,cpuacct:/a\n", {"cpu,cpuacct/a/cpu.cfs_quota_us": "400000",

@@ -100,7 +100,8 @@ class _NoDriver:
 
 @contextlib.contextmanager
 def compiling_for(part: Part) -> Iterator[list]:
-    """Launches compile for `part` and launch nothing. Yields the list of what they compiled, as it grows.
+    """Launches compile for `part` and launch nothing. Yields a list that grows with each: the kernel's function, the
+    options of the launch, and what was compiled.
 
     Raises `RuntimeError` if the process interprets kernels (TRITON_INTERPRET=1).
     """
@@ -115,7 +116,7 @@ def compiling_for(part: Part) -> Iterator[list]:
 
     def run(self, *args, grid, warmup, **options):
         kernel = original(self, *args, grid=grid, warmup=True, **options)
-        compiled.append(kernel.result() if hasattr(kernel, "result") else kernel)
+        compiled.append((self, options, kernel.result() if hasattr(kernel, "result") else kernel))
 
     device, driver = launch.Device(part.row, part.sms), triton.runtime.driver
     before = getattr(driver, "_active", None)  # `driver.active` would look for a GPU
